@@ -1,0 +1,38 @@
+"""The picture a request returns."""
+
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+
+class Picture(Image.Image):
+    """A `PIL.Image.Image` that knows how it came about."""
+
+    seed: int
+    """Generating with this seed makes this picture again."""
+    timings: dict[str, float]
+    """Milliseconds by phase: queue_ms, denoise_ms, decode_ms, total_ms."""
+    model: str
+    notes: list[str]
+    """What the server wants known, for instance that the prompt was truncated."""
+    encoded: bytes
+    """The file as the server sent it, with its provenance."""
+
+    @classmethod
+    def from_bytes(cls, encoded: bytes, seed: int, info: dict[str, Any]) -> "Picture":
+        """Decode a PNG, JPEG or WebP file as the server sent it."""
+        with Image.open(BytesIO(encoded)) as opened:
+            opened.load()
+        picture = cls()
+        # What PIL's own methods do to make a new image of existing pixels.
+        picture.im = opened.im
+        picture._mode = opened.mode
+        picture._size = opened.size
+        picture.info = dict(opened.info)
+        picture.seed = seed
+        picture.timings = info["timings"]
+        picture.model = info["model"]
+        picture.notes = info["notes"]
+        picture.encoded = encoded
+        return picture

@@ -1,0 +1,155 @@
+"""Load a checkpoint, recognise its family and pin it by hash."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
+
+from darkroom_export.errors import ExportError
+
+FAMILIES = {"StableDiffusionPipeline": "sd1"}
+"""Supported pipeline classes of diffusers, and the family each belongs to."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint: float32 weights on the CPU, UniPC in the place of its scheduler."""
+
+    source: str
+    sha256: str
+    family: str
+    pipeline: Any
+
+    @property
+    def name(self) -> str:
+        return Path(self.source).stem.removesuffix("-checkpoint") or self.source
+
+
+def load_checkpoint(source: str, config: str | None = None) -> Checkpoint:
+    """Load a diffusers folder, a single .safetensors file, or a hub id.
+
+    Args:
+        config: for a single file, the diffusers folder or hub id that describes its architecture;
+            left out, diffusers infers it and may have to ask the hub.
+
+    Raises:
+        ExportError: the checkpoint is missing, broken or of a family that is not supported.
+    """
+    _quieten()
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        pipeline = _load_single_file(path, config)
+        digest = _sha256([path])
+    else:
+        folder = path if path.is_dir() else _download(source)
+        _check_index(folder)
+        pipeline = _load_folder(folder)
+        digest = _sha256(sorted(file for file in folder.rglob("*") if _is_part(file)))
+    family = FAMILIES.get(type(pipeline).__name__)
+    if family is None:
+        raise ExportError(_unsupported(source, type(pipeline).__name__))
+    pipeline.scheduler = _unipc(source, pipeline.scheduler)
+    return Checkpoint(source, digest, family, pipeline)
+
+
+def _load_folder(folder: Path) -> Any:
+    try:
+        # Pickles run code when they are read: weights are safetensors or nothing.
+        return StableDiffusionPipeline.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            local_files_only=True,
+        )
+    except Exception as error:  # diffusers raises many kinds, all of them about this folder
+        raise ExportError(f"{folder}: {_first_line(error)}") from error
+
+
+def _load_single_file(path: Path, config: str | None) -> Any:
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file")
+    try:
+        return StableDiffusionPipeline.from_single_file(
+            str(path),
+            config=config,
+            torch_dtype=torch.float32,
+            safety_checker=None,
+            feature_extractor=None,
+            local_files_only=config is not None and Path(config).is_dir(),
+        )
+    except Exception as error:  # as above
+        hint = "" if config else " (--config DIR names a folder with the architecture)"
+        raise ExportError(f"{path}: {_first_line(error)}{hint}") from error
+
+
+def _download(source: str) -> Path:
+    if source.startswith((".", "/")) or source.count("/") != 1:
+        raise ExportError(
+            f"{source}: no such folder, and not a hub id of the form owner/name either"
+        )
+    try:
+        patterns = ["*.json", "*.txt", "*.safetensors"]
+        return Path(StableDiffusionPipeline.download(source, allow_patterns=patterns))
+    except Exception as error:  # network, authorisation, missing: all end the same way
+        raise ExportError(f"{source}: not a folder here, and {_first_line(error)}") from error
+
+
+def _check_index(folder: Path) -> None:
+    index = folder / "model_index.json"
+    try:
+        class_name = json.loads(index.read_text())["_class_name"]
+    except FileNotFoundError:
+        raise ExportError(f"{index}: missing, so {folder} is no diffusers folder") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ExportError(f"{index}: malformed, {error!r}") from None
+    if class_name not in FAMILIES:
+        raise ExportError(_unsupported(str(index), class_name))
+
+
+def _unsupported(where: str, class_name: str) -> str:
+    return f"{where}: {class_name} is not supported, there are {', '.join(FAMILIES)}"
+
+
+def _unipc(source: str, scheduler: Any) -> UniPCMultistepScheduler:
+    """UniPC with the noise schedule that the checkpoint's own scheduler describes."""
+    unipc = UniPCMultistepScheduler.from_config(scheduler.config)
+    refused = ("thresholding", "use_flow_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+    for key in refused:
+        if unipc.config[key]:
+            raise ExportError(f"{source}: scheduler config {key} is not supported")
+    return unipc
+
+
+def _is_part(file: Path) -> bool:
+    return file.suffix in (".json", ".txt", ".safetensors") and not file.name.startswith(".")
+
+
+def _sha256(files: list[Path]) -> str:
+    """Of the files' contents in order; names do not count, so that a copy is the same thing."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _quieten() -> None:
+    """Keep the libraries' own bars and warnings out of ours."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

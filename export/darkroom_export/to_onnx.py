@@ -1,0 +1,68 @@
+"""A PyTorch network to an ONNX file."""
+
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import onnx
+import torch
+from torch.export import Dim
+
+from darkroom_export.errors import ExportError
+from darkroom_export.networks import MAX_BATCH_SIZE, NetworkSpec
+from darkroom_export.precision import Precision
+
+MAX_EMBEDDED_BYTES = 1 << 30
+"""Weights above this go to a file beside the graph: a protobuf file ends at 2 GiB."""
+
+
+def export_onnx(spec: NetworkSpec, precision: Precision, path: Path) -> list[Path]:
+    """Write `spec` as ONNX in the given precision; returns the files written, the graph first.
+
+    The module is left converted to `precision`.
+
+    Raises:
+        ExportError: PyTorch cannot export the network, or ONNX refuses the result.
+    """
+    module = spec.module.eval().to(precision.dtype)
+    example = spec.example(torch.Generator().manual_seed(0), 2, 16, 24)
+    num_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
+    is_external = num_bytes > MAX_EMBEDDED_BYTES
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # They speak of PyTorch's own future and of torchvision, not of this network.
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                module,
+                example,
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=_dynamic_shapes(spec),
+                input_names=[tensor.name for tensor in spec.inputs],
+                output_names=[tensor.name for tensor in spec.outputs],
+            )
+            cast(torch.onnx.ONNXProgram, program).save(path, external_data=is_external)
+        # By path, because a graph with external weights cannot be checked in memory.
+        onnx.checker.check_model(path)
+    except Exception as error:  # the exporter raises many kinds
+        raise ExportError(f"{spec.name}: export to ONNX failed, {error}") from error
+    external = path.with_name(f"{path.name}.data")
+    return [path, external] if is_external else [path]
+
+
+def _dynamic_shapes(spec: NetworkSpec) -> tuple[dict[int, Any], ...]:
+    """For each input, its dynamic axes; a name means the same size wherever it stands."""
+    batch = Dim("batch", min=1, max=MAX_BATCH_SIZE)
+    named: dict[str, Any] = {}
+
+    def axis(size: str) -> Any:
+        factor, _, name = size.rpartition("*")
+        if name not in named:
+            named[name] = Dim(name, min=1, max=1024)
+        return int(factor) * named[name] if factor not in ("", "1") else named[name]
+
+    return tuple(
+        {0: batch}
+        | {1 + i: axis(size) for i, size in enumerate(tensor.shape) if isinstance(size, str)}
+        for tensor in spec.inputs
+    )

@@ -1,0 +1,59 @@
+"""The engine's settings, read once at start from the `parameters` of its config.pbtxt."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of one engine. A bad value stops the start with the key, the value and the range."""
+
+    max_rows: int = 16
+    """Rows of one UNet call; a picture takes one row, or two with classifier-free guidance."""
+    max_queue_size: int = 256
+    """Pictures that may wait; one more is refused at once."""
+    max_decode_rows: int = 1
+    """Pictures decoded by one call of the VAE decoder."""
+    warmup_rows: int = 2
+    """The networks are warmed up with every batch size from 1 to this before the first request."""
+    prompt_cache_bytes: int = 64 * 2**20
+    """Memory for prompt embeddings kept between requests; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        for key, (low, high) in _RANGES.items():
+            value = getattr(self, key)
+            if not low <= value <= high:
+                raise ValueError(f"{key}: {value} is outside {low} to {high}")
+        if self.warmup_rows > self.max_rows:
+            raise ValueError(
+                f"warmup_rows: {self.warmup_rows} is above max_rows, which is {self.max_rows}"
+            )
+
+    @classmethod
+    def from_parameters(cls, parameters: Mapping[str, Mapping[str, str]]) -> "EngineConfig":
+        """Read Triton's `parameters { key: "max_rows" value { string_value: "16" } }`.
+
+        Raises:
+            ValueError: a key that does not exist, or a value that is no whole number in range.
+        """
+        known = {field.name for field in fields(cls)}
+        values: dict[str, int] = {}
+        for key, entry in parameters.items():
+            if key not in known:
+                raise ValueError(f"{key}: no such engine parameter; there are {sorted(known)}")
+            text = entry["string_value"]
+            try:
+                values[key] = int(text)
+            except ValueError:
+                raise ValueError(f"{key}: {text!r} is not a whole number") from None
+        return cls(**values)
+
+
+_RANGES = {
+    # Two rows is one guided picture: with fewer, such a request could never run.
+    "max_rows": (2, 1024),
+    "max_queue_size": (1, 1_000_000),
+    "max_decode_rows": (1, 1024),
+    "warmup_rows": (0, 1024),
+    "prompt_cache_bytes": (0, 2**40),
+}

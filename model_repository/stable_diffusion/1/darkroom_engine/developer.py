@@ -1,0 +1,84 @@
+"""From finished latents to answered requests, on a thread of its own."""
+
+import logging
+import queue
+import threading
+import time
+
+import numpy as np
+
+from darkroom_engine import pictures
+from darkroom_engine.errors import EngineError, NetworkFailed
+from darkroom_engine.manifest import Manifest
+from darkroom_engine.networks import Networks
+from darkroom_engine.sample import Sample
+
+logger = logging.getLogger(__name__)
+
+
+class Developer:
+    """Decodes, encodes and delivers finished samples, so that the next step need not wait."""
+
+    def __init__(self, networks: Networks, manifest: Manifest, max_decode_rows: int) -> None:
+        self._networks = networks
+        self._manifest = manifest
+        self._max_decode_rows = max_decode_rows
+        self._finished: queue.SimpleQueue[Sample | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="developer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, samples: list[Sample]) -> None:
+        for sample in samples:
+            self._finished.put(sample)
+
+    def close(self) -> None:
+        """Finish what was submitted, then stop."""
+        self._finished.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        is_open = True
+        while is_open:
+            arrived = [self._finished.get()]
+            while not self._finished.empty():
+                arrived.append(self._finished.get())
+            is_open = None not in arrived
+            samples = [sample for sample in arrived if sample is not None]
+            while samples:
+                samples = self._develop_some(samples)
+
+    def _develop_some(self, samples: list[Sample]) -> list[Sample]:
+        """Develop up to `max_decode_rows` samples of the first one's shape; returns the others."""
+        shape = samples[0].latent_shape
+        chunk = [sample for sample in samples if sample.latent_shape == shape]
+        chunk = chunk[: self._max_decode_rows]
+        try:
+            self._develop(chunk)
+        except EngineError as error:
+            for sample in chunk:
+                sample.job.fail(error)
+        except Exception as error:
+            logger.exception("this is a bug")
+            for sample in chunk:
+                sample.job.fail(EngineError(f"this is a bug: {error!r}"))
+        return [sample for sample in samples if sample not in chunk]
+
+    def _develop(self, samples: list[Sample]) -> None:
+        samples = [sample for sample in samples if not sample.job.is_over]
+        if not samples:
+            return
+        now = time.monotonic()
+        latents = np.stack([sample.latents for sample in samples])
+        decoded = self._networks.decode(latents / np.float32(self._manifest.vae_scaling_factor))
+        model, engine = self._manifest.name, self._manifest.sha256[:12]
+        for sample, pixels in zip(samples, decoded, strict=True):
+            job = sample.job
+            if not np.isfinite(pixels).all():
+                job.fail(NetworkFailed("vae_decoder", "output is not finite"))
+                continue
+            job.denoised_at = now
+            facts = pictures.provenance(job.request, sample.seed, model, engine)
+            picture = pictures.encode(pictures.to_uint8(pixels), job.request.output_format, facts)
+            job.deliver(sample.index, picture, {"model": model, "engine": engine})

@@ -1,0 +1,107 @@
+"""A request on its way: it ends in exactly one answer, whatever happens to its samples."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from darkroom_engine.errors import Cancelled, EngineError
+from darkroom_engine.request import ImageRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """The answer to a request that went well."""
+
+    pictures: list[bytes]
+    """Encoded as the request's `output_format` says."""
+    seeds: list[int]
+    info: dict[str, Any]
+
+
+Reply = Callable[[JobResult | EngineError], None]
+
+
+class Job:
+    """One admitted request and the answer that it is owed.
+
+    `deliver`, `fail` and `cancel` may be called from any thread, in any order and repeatedly; the
+    first that completes the job sends the answer, all later ones are ignored.
+    """
+
+    def __init__(self, request: ImageRequest, reply: Reply) -> None:
+        self.request = request
+        self.notes: list[str] = []
+        self.submitted_at = time.monotonic()
+        self.started_at: float | None = None
+        self.denoised_at: float | None = None
+        self._reply = reply
+        self._lock = threading.Lock()
+        self._is_over = False
+        self._pictures: dict[int, bytes] = {}
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the answer was sent, so that its samples may leave."""
+        return self._is_over
+
+    @property
+    def deadline(self) -> float | None:
+        """On the clock of `time.monotonic`, seconds."""
+        timeout_ms = self.request.timeout_ms
+        return None if timeout_ms is None else self.submitted_at + timeout_ms / 1000
+
+    def deliver(self, index: int, picture: bytes, info: dict[str, Any]) -> None:
+        """Hand in picture `index`; the last one sends the answer, with `info` added to its info."""
+        request = self.request
+        with self._lock:
+            self._pictures[index] = picture
+            is_last = len(self._pictures) == request.num_images_per_prompt
+        if not is_last:
+            return
+        order = range(request.num_images_per_prompt)
+        self._finish(
+            JobResult(
+                pictures=[self._pictures[index] for index in order],
+                seeds=[request.seed + index for index in order],
+                info={
+                    **info,
+                    "num_inference_steps": request.num_inference_steps,
+                    "notes": self.notes,
+                    "timings": self._timings(),
+                },
+            )
+        )
+
+    def fail(self, error: EngineError) -> None:
+        self._finish(error)
+
+    def cancel(self) -> None:
+        self._finish(Cancelled("the request was cancelled"))
+
+    def _finish(self, answer: JobResult | EngineError) -> None:
+        with self._lock:
+            if self._is_over:
+                return
+            self._is_over = True
+        try:
+            self._reply(answer)
+        except Exception:
+            # The caller may be gone; that must not take down the thread that others depend on.
+            logger.exception("an answer could not be sent")
+
+    def _timings(self) -> dict[str, float]:
+        now = time.monotonic()
+        started = self.started_at or now
+        denoised = self.denoised_at or now
+        seconds = {
+            "queue_ms": started - self.submitted_at,
+            "denoise_ms": denoised - started,
+            "decode_ms": now - denoised,
+            "total_ms": now - self.submitted_at,
+        }
+        return {name: round(1000 * value, 3) for name, value in seconds.items()}

@@ -1,0 +1,91 @@
+"""The seam to the networks: the only file that knows how they are run."""
+
+import time
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darkroom_engine.errors import NetworkFailed
+from darkroom_engine.manifest import Manifest
+from darkroom_engine.sample import Conditioning
+
+Array = NDArray[Any]
+
+
+class Networks(Protocol):
+    """The three networks of latent diffusion. Each call raises NetworkFailed if it cannot answer.
+
+    `decode` may be called while another thread is in one of the other calls.
+    """
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Return when all networks can be called; NetworkFailed names the one that cannot."""
+
+    def encode(self, input_ids: NDArray[np.int64]) -> Conditioning:
+        """Token ids (B, 77) to conditioning inputs of the UNet, each (B, ...)."""
+
+    def denoise(
+        self, sample: NDArray[np.float32], timestep: NDArray[np.float32], conditioning: Conditioning
+    ) -> NDArray[np.float32]:
+        """Sample (R, C, H, W), timestep (R,), conditioning (R, ...) to output (R, C, H, W)."""
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Latents (B, C, H, W) as the VAE scales them to pixels (B, 3, 8H, 8W) in [-1, 1]."""
+
+
+class TritonNetworks:
+    """Networks that are Triton models of any backend, called by BLS from the model `caller`."""
+
+    def __init__(self, pb_utils: ModuleType, caller: str, manifest: Manifest) -> None:
+        self._pb_utils = pb_utils
+        self._caller = caller
+        self._manifest = manifest
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        # Triton refuses BLS while the server starts, and while the calling model itself loads.
+        # It tells nobody when that is over, so that there is nothing to do but to ask again.
+        give_up_at = time.monotonic() + timeout_s
+        for model in (*self._manifest.networks, self._caller):
+            while not self._is_ready(model):
+                if time.monotonic() > give_up_at:
+                    raise NetworkFailed(model, f"not ready after {timeout_s:g} s")
+                time.sleep(0.05)
+
+    def encode(self, input_ids: NDArray[np.int64]) -> Conditioning:
+        outputs = self._run("text_encoder", {"input_ids": input_ids})
+        return {"encoder_hidden_states": outputs["last_hidden_state"]}
+
+    def denoise(
+        self, sample: NDArray[np.float32], timestep: NDArray[np.float32], conditioning: Conditioning
+    ) -> NDArray[np.float32]:
+        # Triton counts the batch apart from a tensor's own dimensions, of which timestep has one.
+        inputs = {"sample": sample, "timestep": timestep[:, None], **conditioning}
+        return self._run("unet", inputs)["out_sample"]
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._run("vae_decoder", {"latent_sample": latents})["sample"]
+
+    def _is_ready(self, model: str) -> bool:
+        try:
+            return bool(self._pb_utils.is_model_ready(model))
+        except self._pb_utils.TritonModelException:
+            return False
+
+    def _run(self, network: str, inputs: dict[str, Array]) -> dict[str, NDArray[np.float32]]:
+        pb_utils = self._pb_utils
+        request = pb_utils.InferenceRequest(
+            model_name=network,
+            requested_output_names=self._manifest.networks[network].outputs,
+            inputs=[
+                pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()
+            ],
+        )
+        try:
+            response = request.exec()
+        except pb_utils.TritonModelException as error:
+            raise NetworkFailed(network, str(error)) from error
+        if response.has_error():
+            raise NetworkFailed(network, response.error().message())
+        return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}

@@ -1,0 +1,64 @@
+"""Pixels to encoded pictures that carry their provenance."""
+
+import base64
+import json
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from darkroom_engine.request import ImageRequest
+
+
+def to_uint8(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """(3, H, W) in [-1, 1], clipped, to (H, W, 3) in 0 to 255."""
+    scaled = np.clip(pixels / 2 + 0.5, 0, 1) * 255
+    return scaled.round().astype(np.uint8).transpose(1, 2, 0)
+
+
+def encode(pixels: NDArray[np.uint8], output_format: str, provenance: dict[str, Any]) -> bytes:
+    """(H, W, 3) to the bytes of a file; only PNG carries the provenance."""
+    picture = Image.fromarray(pixels)
+    buffer = BytesIO()
+    if output_format in ("png", "b64_png"):
+        chunks = PngInfo()
+        # The form that the common browsers of generated pictures read.
+        chunks.add_text("parameters", _infotext(provenance))
+        chunks.add_text("darkroom", json.dumps(provenance, ensure_ascii=False))
+        picture.save(buffer, "PNG", pnginfo=chunks)
+    else:
+        picture.save(buffer, output_format.upper(), quality=95)
+    encoded = buffer.getvalue()
+    return base64.b64encode(encoded) if output_format == "b64_png" else encoded
+
+
+def provenance(request: ImageRequest, seed: int, model: str, engine: str) -> dict[str, Any]:
+    """All that it takes to make the picture again."""
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "num_inference_steps": request.num_inference_steps,
+        "sampler": request.sampler,
+        "guidance_scale": request.guidance_scale,
+        "seed": seed,
+        "width": request.width,
+        "height": request.height,
+        "model": model,
+        "engine": engine,
+    }
+
+
+def _infotext(facts: dict[str, Any]) -> str:
+    lines = [facts["prompt"]]
+    if facts["negative_prompt"]:
+        lines.append(f"Negative prompt: {facts['negative_prompt']}")
+    lines.append(
+        f"Steps: {facts['num_inference_steps']}, Sampler: {facts['sampler']}, "
+        f"CFG scale: {facts['guidance_scale']:g}, Seed: {facts['seed']}, "
+        f"Size: {facts['width']}x{facts['height']}, "
+        f"Model: {facts['model']}, Model hash: {facts['engine']}"
+    )
+    return "\n".join(lines)

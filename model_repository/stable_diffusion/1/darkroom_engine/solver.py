@@ -1,0 +1,97 @@
+"""Solvers as tables: one step is a fixed linear combination, so its coefficients are data.
+
+The state of a sample is a stack of latents, and `SolverTable` holds, for every step, the weights
+that turn this stack into the next one. Whatever the sampler, all rows of a batch then advance by
+the same gathered multiply-add (`advance`), each with the weights of its own step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darkroom_engine.schedule import Floats
+
+# The stack: x_t, the corrected sample of the step before, and the last predictions, newest first.
+SAMPLE: Final = 0
+LAST: Final = 1
+PREDICTION: Final = 2
+MAX_ORDER: Final = 3
+NUM_TERMS: Final = PREDICTION + MAX_ORDER + 1
+
+
+@dataclass(frozen=True)
+class SolverTable:
+    """The coefficients of a whole run of S steps, float64."""
+
+    timesteps: Floats
+    """(S,) what the UNet is told."""
+    convert: Floats
+    """(S, 2) weights of (x_t, UNet output) in the prediction that the solver works with."""
+    correct: Floats
+    """(S, NUM_TERMS) weights of the stack in the corrected x_t."""
+    advance: Floats
+    """(S, NUM_TERMS) weights of the stack in the next sample."""
+    initial_scale: float
+    """The starting sample is this times unit noise."""
+
+    def __post_init__(self) -> None:
+        weights = (self.convert, self.correct, self.advance)
+        if not all(np.isfinite(weight).all() for weight in weights):
+            raise ValueError(
+                "the solver has no finite coefficients for this schedule: a last step of order 2 "
+                "or more to noise level zero; use lower_order_final, or final_sigmas_type sigma_min"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+
+def initial_state(noise: NDArray[np.float32], table: SolverTable) -> NDArray[np.float32]:
+    """The stack before the first step: (NUM_TERMS, C, H, W) from unit noise (C, H, W)."""
+    state = np.zeros((NUM_TERMS, *noise.shape), np.float32)
+    state[SAMPLE] = noise * np.float32(table.initial_scale)
+    return state
+
+
+def advance(
+    states: NDArray[Any],
+    outputs: NDArray[Any],
+    tables: Sequence[SolverTable],
+    steps: Sequence[int],
+) -> NDArray[Any]:
+    """Advance N samples by one step each, row n by step `steps[n]` of `tables[n]`.
+
+    Args:
+        states: (N, NUM_TERMS, C, H, W), overwritten; the computation has its precision.
+        outputs: (N, C, H, W) guided UNet outputs.
+
+    Returns:
+        `states`, holding the next stacks.
+    """
+    rows = list(zip(tables, steps, strict=True))
+    convert = _column([table.convert[step] for table, step in rows], states.dtype)
+    correct = _column([table.correct[step] for table, step in rows], states.dtype)
+    onward = _column([table.advance[step] for table, step in rows], states.dtype)
+
+    states[:, PREDICTION] = convert[:, 0] * states[:, SAMPLE] + convert[:, 1] * outputs
+    # Elementwise sums, never a matrix product: a row's result must not depend on its neighbours,
+    # and a BLAS may add in another order at another batch size.
+    corrected = correct[:, SAMPLE] * states[:, SAMPLE]
+    following = onward[:, SAMPLE] * states[:, SAMPLE]
+    for term in range(LAST, NUM_TERMS):
+        corrected += correct[:, term] * states[:, term]
+        following += onward[:, term] * states[:, term]
+
+    states[:, PREDICTION + 1 :] = states[:, PREDICTION:-1].copy()
+    states[:, LAST] = corrected
+    states[:, SAMPLE] = following
+    return states
+
+
+def _column(rows: list[Floats], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """(N, K) weights shaped (N, K, 1, 1, 1), ready to multiply latents."""
+    return np.asarray(rows, dtype)[:, :, None, None, None]
