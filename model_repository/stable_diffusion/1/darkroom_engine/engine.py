@@ -38,6 +38,11 @@ class Engine:
         self._manifest = manifest
         self._networks = networks
         self._config = config
+        max_batch_size = manifest.networks["unet"].max_batch_size
+        if config.max_rows > max_batch_size:
+            raise ValueError(
+                f"max_rows: {config.max_rows} is above the {max_batch_size} that the unet takes"
+            )
         self._samplers = Samplers.from_config(manifest.noise_schedule, manifest.solver)
         self.limits = Limits(samplers=self._samplers.names, **manifest.limits)
         tokenizer = PromptTokenizer.from_config(manifest.tokenizer, manifest.directory)
@@ -118,6 +123,10 @@ class Engine:
             self._warm_up()
         except EngineError as error:
             self._refuse_all(error)
+            return
+        except Exception as error:
+            logger.exception("this is a bug")
+            self._refuse_all(EngineError(f"this is a bug: {error!r}"))
             return
         self._developer.start()
         while self._wait_for_work():

@@ -156,6 +156,7 @@ def _rho(ratios: Floats, hh: float, big_b: float, count: int) -> Floats:
         rows.append(ratios[:count] ** (i - 1))
         right.append(phi * math.factorial(i) / big_b)
         phi = phi / hh - 1 / math.factorial(i + 1)
-    if not (np.isfinite(rows).all() and np.isfinite(right).all()):
+    if not (np.isfinite(hh) and np.isfinite(right).all()):
+        # A step of infinite or of no length; the table refuses what is not finite.
         return np.full(count, np.nan)
     return np.linalg.solve(np.array(rows), np.array(right))

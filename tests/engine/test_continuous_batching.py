@@ -1,0 +1,119 @@
+"""A picture is the same whatever its neighbours, and neighbours come and go at every step."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from engine_harness import WAIT_S, Harness
+
+REQUESTS: list[dict[str, Any]] = [
+    {
+        "prompt": f"prompt {n}",
+        "negative_prompt": ["", "blurry"][n % 2],
+        "num_inference_steps": 1 + 3 * n % 23,
+        "guidance_scale": [0.0, 1.0, 2.5, 7.0][n % 4],
+        "sampler": ["unipc", "unipc_karras"][n // 2 % 2],
+        "seed": n * 1000,
+    }
+    for n in range(16)
+]
+
+
+def solo_pictures(harness: Harness, requests: list[dict[str, Any]]) -> list[bytes]:
+    return [harness.picture(**request) for request in requests]
+
+
+def test_a_full_batch_equals_solo_runs_exactly(make_engine: Callable[..., Harness]) -> None:
+    harness = make_engine(max_rows=32)
+    solo = solo_pictures(harness, REQUESTS)
+    harness.networks.step_rows.clear()
+
+    harness.networks.gate.clear()
+    futures = [harness.ask(**request) for request in REQUESTS]
+    harness.networks.gate.set()
+    together = [future.result(WAIT_S).pictures[0] for future in futures]
+
+    assert solo == together
+    # Four of every four requests have guidance in two of them: 16 + 8 rows.
+    assert max(harness.networks.step_rows) == 24
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_joining_and_leaving_at_any_step_changes_nothing(
+    make_engine: Callable[..., Harness], seed: int
+) -> None:
+    harness = make_engine(max_rows=7)
+    solo = solo_pictures(harness, REQUESTS)
+    order = random.Random(seed).sample(range(len(REQUESTS)), len(REQUESTS))
+
+    futures = {}
+    for n in order:
+        futures[n] = harness.ask(**REQUESTS[n])
+        if n % 3 == 0:
+            futures[order[0]].result(WAIT_S)
+    together = [futures[n].result(WAIT_S).pictures[0] for n in range(len(REQUESTS))]
+
+    assert solo == together
+
+
+def test_a_newcomer_joins_the_running_batch_at_the_next_step(harness: Harness) -> None:
+    harness.picture()
+    harness.networks.step_rows.clear()
+    harness.networks.is_entered.clear()
+    harness.networks.gate.clear()
+    long = harness.ask(num_inference_steps=40, guidance_scale=1.0)
+    harness.networks.is_entered.wait(WAIT_S)
+    short = harness.ask(num_inference_steps=3, guidance_scale=1.0)
+    harness.networks.gate.set()
+
+    short.result(WAIT_S)
+    long.result(WAIT_S)
+
+    assert harness.networks.step_rows == [1, 2, 2, 2, *[1] * 36]
+
+
+def test_rows_are_never_more_than_allowed(make_engine: Callable[..., Harness]) -> None:
+    harness = make_engine(max_rows=5)
+    futures = [harness.ask(**request) for request in REQUESTS]
+    for future in futures:
+        future.result(WAIT_S)
+
+    assert max(harness.networks.step_rows) <= 5
+
+
+def test_pictures_of_one_request_are_those_of_its_seeds(harness: Harness) -> None:
+    result = harness.ask(seed=40, num_images_per_prompt=3).result(WAIT_S)
+
+    assert result.seeds == [40, 41, 42]
+    assert result.pictures == [harness.picture(seed=seed) for seed in result.seeds]
+
+
+def test_equal_requests_at_once_give_equal_pictures(harness: Harness) -> None:
+    futures = [harness.ask(seed=0) for _ in range(5)]
+
+    assert len({future.result(WAIT_S).pictures[0] for future in futures}) == 1
+
+
+def test_other_shapes_take_turns_in_the_same_engine(harness: Harness) -> None:
+    sizes = [(64, 64), (32, 64), (64, 32), (128, 128)]
+    solo = [harness.picture(width=w, height=h, num_inference_steps=9) for w, h in sizes]
+
+    futures = [harness.ask(width=w, height=h, num_inference_steps=9) for w, h in sizes]
+
+    assert solo == [future.result(WAIT_S).pictures[0] for future in futures]
+
+
+def test_no_shape_starves_another(make_engine: Callable[..., Harness]) -> None:
+    """While one shape keeps the engine full, a picture of another shape gets every other step."""
+    harness = make_engine(max_rows=4)
+    harness.picture()
+    harness.networks.gate.clear()
+    crowd = [harness.ask(num_inference_steps=30, seed=n) for n in range(12)]
+    lonely = harness.ask(width=32, height=32, num_inference_steps=5, guidance_scale=1.0)
+    harness.networks.step_rows.clear()
+    harness.networks.gate.set()
+    lonely.result(WAIT_S)
+
+    assert harness.networks.step_rows.count(1) == 5
+    assert not any(future.done() for future in crowd)

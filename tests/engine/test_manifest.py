@@ -1,0 +1,85 @@
+"""The engine refuses a repository that is not the verified one, and says what is wrong."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_networks import FakeNetworks
+
+from darkroom_engine import Engine, EngineConfig, Manifest, ManifestError
+
+
+def rewrite(repository: Path, document: dict[str, Any], network: str, **changes: Any) -> Path:
+    changed = json.loads(json.dumps(document))
+    changed["networks"][network].update(changes)
+    path = repository / "manifest.json"
+    path.write_text(json.dumps(changed))
+    return path
+
+
+def test_a_file_with_the_certified_hash_is_accepted(
+    repository: Path, manifest_document: dict[str, Any]
+) -> None:
+    (repository / "model.onnx").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    path = rewrite(repository, manifest_document, "unet", files={"model.onnx": digest})
+
+    assert Manifest.load(path).networks["unet"].files == {"model.onnx": digest}
+
+
+def test_a_changed_file_is_refused_by_name(
+    repository: Path, manifest_document: dict[str, Any]
+) -> None:
+    (repository / "model.onnx").write_bytes(b"tampered")
+    path = rewrite(repository, manifest_document, "unet", files={"model.onnx": "0" * 64})
+
+    with pytest.raises(ManifestError, match="unet: .*model.onnx is not the file that was verified"):
+        Manifest.load(path)
+
+
+def test_a_missing_file_is_refused_by_name(
+    repository: Path, manifest_document: dict[str, Any]
+) -> None:
+    path = rewrite(repository, manifest_document, "vae_decoder", files={"gone.onnx": "0" * 64})
+
+    with pytest.raises(ManifestError, match=r"vae_decoder: .*gone.onnx is missing"):
+        Manifest.load(path)
+
+
+@pytest.mark.parametrize("error", [0.5, float("nan")])
+def test_an_unverified_network_is_refused_by_name(
+    repository: Path, manifest_document: dict[str, Any], error: float
+) -> None:
+    verification = {"error": error, "tolerance": 1e-4}
+    path = rewrite(repository, manifest_document, "unet", verification=verification)
+
+    with pytest.raises(ManifestError, match="unet: measured error .* is not within its tolerance"):
+        Manifest.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing: this is no exported repository"),
+        ("{", "is not JSON"),
+        ("[]", "missing or malformed"),
+        ('{"format": 1}', "'name' is missing or malformed"),
+        ('{"format": 99}', "format 99, but this engine reads 1; export the checkpoint again"),
+    ],
+)
+def test_an_unreadable_manifest_is_refused(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    path = tmp_path / "manifest.json"
+    if content is not None:
+        path.write_text(content)
+
+    with pytest.raises(ManifestError, match=message):
+        Manifest.load(path)
+
+
+def test_more_rows_than_the_unet_takes_are_refused(manifest: Manifest) -> None:
+    with pytest.raises(ValueError, match="max_rows: 64 is above the 63 that the unet takes"):
+        Engine(manifest, FakeNetworks(), EngineConfig(max_rows=64))

@@ -1,0 +1,156 @@
+"""Fixtures: an engine over fake networks, and a few words to talk with it."""
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_networks import FakeNetworks
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from darkroom_engine import Engine, EngineConfig, ImageRequest, Job, JobResult, Manifest
+from darkroom_engine.request import Limits
+
+LIMITS = Limits(
+    samplers=("unipc", "unipc_karras"),
+    default_width=512,
+    default_height=512,
+    default_num_inference_steps=25,
+    default_guidance_scale=7.5,
+    size_multiple=64,
+    min_size=128,
+    max_size=1024,
+    max_num_inference_steps=150,
+    max_guidance_scale=50.0,
+    max_num_images_per_prompt=8,
+)
+
+WAIT_S = 30.0
+"""Far above what any answer takes; only a hang reaches it."""
+
+
+@pytest.fixture(scope="session")
+def manifest_document() -> dict[str, Any]:
+    """A manifest as an export writes it, of no networks on disk."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    alphas_cumprod = np.cumprod(1 - betas)
+    verification = {"error": 1e-6, "tolerance": 1e-4}
+    names = ("text_encoder", "unet", "vae_decoder")
+    return {
+        "format": 1,
+        "name": "fake",
+        "family": "sd1",
+        "latents": {"channels": 4, "vae_scale_factor": 8, "vae_scaling_factor": 0.18215},
+        "noise_schedule": {
+            "train_sigmas": np.sqrt((1 - alphas_cumprod) / alphas_cumprod).tolist(),
+            "prediction_type": "epsilon",
+            "timestep_spacing": "linspace",
+            "steps_offset": 0,
+        },
+        "solver": {"solver_order": 2, "solver_type": "bh2"},
+        "tokenizer": {
+            "file": "tokenizer/tokenizer.json",
+            "max_length": 77,
+            "bos_token_id": 300,
+            "eos_token_id": 301,
+            "pad_token_id": 301,
+        },
+        "limits": {
+            "default_width": 64,
+            "default_height": 64,
+            "default_num_inference_steps": 8,
+            "default_guidance_scale": 5.0,
+            "size_multiple": 16,
+            "min_size": 32,
+            "max_size": 128,
+            "max_num_inference_steps": 60,
+            "max_guidance_scale": 20.0,
+            "max_num_images_per_prompt": 4,
+        },
+        "networks": {
+            name: {
+                "files": {},
+                "outputs": ["out"],
+                "max_batch_size": 63,
+                "verification": verification,
+            }
+            for name in names
+        },
+    }
+
+
+@pytest.fixture
+def repository(tmp_path: Path, manifest_document: dict[str, Any]) -> Path:
+    """A repository with a manifest and a byte-level tokenizer."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest_document))
+    return tmp_path
+
+
+@pytest.fixture
+def manifest(repository: Path) -> Manifest:
+    return Manifest.load(repository / "manifest.json")
+
+
+@pytest.fixture
+def networks() -> FakeNetworks:
+    return FakeNetworks()
+
+
+class Harness:
+    """An engine with its fake networks; `ask` submits and returns a future of the answer."""
+
+    def __init__(self, manifest: Manifest, networks: FakeNetworks, config: EngineConfig) -> None:
+        self.networks = networks
+        self.engine = Engine(manifest, networks, config)
+        self.answers: list[Any] = []
+
+    def ask(self, prompt: str = "a cat", **fields: Any) -> "Future[JobResult]":
+        return self.ask_job(prompt, **fields)[1]
+
+    def ask_job(self, prompt: str = "a cat", **fields: Any) -> "tuple[Job, Future[JobResult]]":
+        raw = {name: v.encode() if isinstance(v, str) else v for name, v in fields.items()}
+        request = ImageRequest.parse(
+            {"prompt": prompt.encode(), "seed": 0, **raw}, self.engine.limits
+        )
+        future: Future[JobResult] = Future()
+
+        def reply(answer: Any) -> None:
+            self.answers.append(answer)
+            if isinstance(answer, JobResult):
+                future.set_result(answer)
+            else:
+                future.set_exception(answer)
+
+        return self.engine.submit(request, reply), future
+
+    def picture(self, prompt: str = "a cat", **fields: Any) -> bytes:
+        return self.ask(prompt, **fields).result(WAIT_S).pictures[0]
+
+
+@pytest.fixture
+def make_engine(manifest: Manifest, networks: FakeNetworks) -> Iterator[Callable[..., Harness]]:
+    engines: list[Engine] = []
+
+    def make(**config: int) -> Harness:
+        harness = Harness(manifest, networks, EngineConfig(**config))
+        engines.append(harness.engine)
+        harness.engine.start()
+        return harness
+
+    yield make
+    networks.gate.set()
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def harness(make_engine: Callable[..., Harness]) -> Harness:
+    return make_engine()

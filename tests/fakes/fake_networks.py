@@ -1,0 +1,69 @@
+"""Networks that are formulas: every output depends on its own row alone, and on all of it."""
+
+import threading
+
+import numpy as np
+
+from darkroom_engine.errors import NetworkFailed
+
+HIDDEN = 6
+
+
+class FakeNetworks:
+    """The `Networks` interface over formulas, with switches to hold, fail and watch calls.
+
+    Any mixing of rows, timesteps or embeddings between neighbours changes a picture, because each
+    output row is a nonlinear function of exactly its own inputs.
+    """
+
+    def __init__(self) -> None:
+        self.step_rows: list[int] = []
+        """Rows of every UNet call since the warm-up."""
+        self.encoded: list[np.ndarray] = []
+        self.gate = threading.Event()
+        """While cleared, UNet calls wait."""
+        self.gate.set()
+        self.is_entered = threading.Event()
+        """Set while a UNet call waits or runs."""
+        self.fail_next: dict[str, BaseException] = {}
+        self.poison_token: int | None = None
+        """Rows whose prompt holds this token come out as NaN."""
+        self.is_missing = False
+        self.is_warm = False
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        if self.is_missing:
+            raise NetworkFailed("unet", f"not ready after {timeout_s:g} s")
+
+    def encode(self, input_ids: np.ndarray) -> dict[str, np.ndarray]:
+        self._maybe_fail("text_encoder")
+        self.encoded.append(input_ids)
+        frequency = np.arange(1, HIDDEN + 1) / 7
+        hidden = np.sin(input_ids[:, :, None] * frequency).astype(np.float32)
+        if self.poison_token is not None:
+            hidden[(input_ids == self.poison_token).any(axis=1)] = np.nan
+        return {"encoder_hidden_states": hidden}
+
+    def denoise(self, sample: np.ndarray, timestep: np.ndarray, conditioning: dict) -> np.ndarray:
+        self.is_entered.set()
+        self.gate.wait()
+        if self.is_warm:
+            self.step_rows.append(len(sample))
+        self._maybe_fail("unet")
+        hidden = conditioning["encoder_hidden_states"]
+        assert len(sample) == len(timestep) == len(hidden)
+        out = np.empty_like(sample)
+        for row in range(len(sample)):
+            bias = np.float32((hidden[row] * np.arange(1, HIDDEN + 1)).mean())
+            out[row] = np.sin(sample[row] * (1 + bias) + timestep[row] / 200 + bias)
+        return out
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        self._maybe_fail("vae_decoder")
+        self.is_warm = True  # the warm-up ends with a decode
+        return np.tanh(latents[:, :3].repeat(8, axis=2).repeat(8, axis=3))
+
+    def _maybe_fail(self, network: str) -> None:
+        error = self.fail_next.pop(network, None)
+        if error is not None:
+            raise error
