@@ -35,7 +35,7 @@ def test_a_changed_file_is_refused_by_name(
     (repository / "model.onnx").write_bytes(b"tampered")
     path = rewrite(repository, manifest_document, "unet", files={"model.onnx": "0" * 64})
 
-    with pytest.raises(ManifestError, match="unet: .*model.onnx is not the file that was verified"):
+    with pytest.raises(ManifestError, match=r"unet: .*model.onnx is not the file that was verified"):
         Manifest.load(path)
 
 
@@ -55,7 +55,7 @@ def test_an_unverified_network_is_refused_by_name(
     verification = {"error": error, "tolerance": 1e-4}
     path = rewrite(repository, manifest_document, "unet", verification=verification)
 
-    with pytest.raises(ManifestError, match="unet: measured error .* is not within its tolerance"):
+    with pytest.raises(ManifestError, match=r"unet: measured error .* is not within its tolerance"):
         Manifest.load(path)
 
 

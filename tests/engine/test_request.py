@@ -96,5 +96,5 @@ def test_bad_fields_are_named_with_value_and_range(fields: dict[str, Any], messa
 
 
 def test_a_missing_prompt_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="^prompt: missing; an empty text is allowed"):
+    with pytest.raises(InvalidRequest, match=r"^prompt: missing; an empty text is allowed"):
         ImageRequest.parse({"seed": 1}, LIMITS)

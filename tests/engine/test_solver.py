@@ -34,7 +34,7 @@ def test_a_perfect_prediction_ends_in_exactly_it(
 
 
 def test_an_order_that_cannot_end_at_zero_noise_is_refused(schedule: NoiseSchedule) -> None:
-    with pytest.raises(ValueError, match="no finite coefficients .* use lower_order_final"):
+    with pytest.raises(ValueError, match=r"no finite coefficients .* use lower_order_final"):
         UniPC(solver_order=3, lower_order_final=False).table(schedule, 10)
 
 
