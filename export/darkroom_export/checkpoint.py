@@ -8,10 +8,9 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
-from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
 
 from darkroom_export.errors import ExportError
+from darkroom_export.quiet import quieten
 
 FAMILIES = {"StableDiffusionPipeline": "sd1"}
 """Supported pipeline classes of diffusers, and the family each belongs to."""
@@ -41,7 +40,7 @@ def load_checkpoint(source: str, config: str | None = None) -> Checkpoint:
     Raises:
         ExportError: the checkpoint is missing, broken or of a family that is not supported.
     """
-    _quieten()
+    quieten()
     path = Path(source)
     if path.suffix == ".safetensors":
         pipeline = _load_single_file(path, config)
@@ -54,6 +53,8 @@ def load_checkpoint(source: str, config: str | None = None) -> Checkpoint:
     family = FAMILIES.get(type(pipeline).__name__)
     if family is None:
         raise ExportError(_unsupported(source, type(pipeline).__name__))
+    # Half-precision weights are exact in float32; what they should be served in is decided later.
+    pipeline.to(torch.float32)
     pipeline.scheduler = _unipc(source, pipeline.scheduler)
     return Checkpoint(source, digest, family, pipeline)
 
@@ -61,9 +62,8 @@ def load_checkpoint(source: str, config: str | None = None) -> Checkpoint:
 def _load_folder(folder: Path) -> Any:
     try:
         # Pickles run code when they are read: weights are safetensors or nothing.
-        return StableDiffusionPipeline.from_pretrained(
+        return diffusers.StableDiffusionPipeline.from_pretrained(
             folder,
-            torch_dtype=torch.float32,
             use_safetensors=True,
             safety_checker=None,
             feature_extractor=None,
@@ -78,10 +78,9 @@ def _load_single_file(path: Path, config: str | None) -> Any:
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
     try:
-        return StableDiffusionPipeline.from_single_file(
+        return diffusers.StableDiffusionPipeline.from_single_file(
             str(path),
             config=config,
-            torch_dtype=torch.float32,
             safety_checker=None,
             feature_extractor=None,
             local_files_only=config is not None and Path(config).is_dir(),
@@ -98,7 +97,7 @@ def _download(source: str) -> Path:
         )
     try:
         patterns = ["*.json", "*.txt", "*.safetensors"]
-        return Path(StableDiffusionPipeline.download(source, allow_patterns=patterns))
+        return Path(diffusers.StableDiffusionPipeline.download(source, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, missing: all end the same way
         raise ExportError(f"{source}: not a folder here, and {_first_line(error)}") from error
 
@@ -119,9 +118,9 @@ def _unsupported(where: str, class_name: str) -> str:
     return f"{where}: {class_name} is not supported, there are {', '.join(FAMILIES)}"
 
 
-def _unipc(source: str, scheduler: Any) -> UniPCMultistepScheduler:
+def _unipc(source: str, scheduler: Any) -> Any:
     """UniPC with the noise schedule that the checkpoint's own scheduler describes."""
-    unipc = UniPCMultistepScheduler.from_config(scheduler.config)
+    unipc = diffusers.UniPCMultistepScheduler.from_config(scheduler.config)
     refused = ("thresholding", "use_flow_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
     for key in refused:
         if unipc.config[key]:
@@ -145,11 +144,3 @@ def _sha256(files: list[Path]) -> str:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
-
-
-def _quieten() -> None:
-    """Keep the libraries' own bars and warnings out of ours."""
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

@@ -4,14 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from darkroom_export.quiet import quieten
 
 ARCHITECTURES: dict[str, dict[str, dict[str, Any]]] = {
     # Stable Diffusion 1.x, full size: 860 M + 123 M + 84 M parameters.
@@ -65,22 +62,23 @@ def make_random_checkpoint(architecture: str, directory: Path, seed: int = 0) ->
         raise ValueError(
             f"architecture: {architecture!r} does not exist, there are {', '.join(ARCHITECTURES)}"
         )
+    quieten()
     configs = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
     text_config = CLIPTextConfig(
         vocab_size=_VOCAB_SIZE, bos_token_id=_BOS, eos_token_id=_EOS, **configs["text_encoder"]
     )
-    pipeline = StableDiffusionPipeline(
+    pipeline = diffusers.StableDiffusionPipeline(
         text_encoder=CLIPTextModel(text_config),
-        unet=UNet2DConditionModel(**configs["unet"]),
-        vae=AutoencoderKL(
+        unet=diffusers.UNet2DConditionModel(**configs["unet"]),
+        vae=diffusers.AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             latent_channels=4,
             **{"layers_per_block": 2, **configs["vae"]},
         ),
         tokenizer=_byte_tokenizer(directory / "tokenizer"),
-        scheduler=UniPCMultistepScheduler(
+        scheduler=diffusers.UniPCMultistepScheduler(
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",

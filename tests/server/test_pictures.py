@@ -1,0 +1,191 @@
+"""Pictures from a real server: right, repeatable, and the same whatever the neighbours."""
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from server_checkpoint import CHECKPOINT
+
+from darkroom import AsyncClient, Client, Picture
+from darkroom.server import Server
+from shapes.classify import classify
+
+REQUESTS: list[dict[str, Any]] = [
+    {
+        "prompt": f"a large {colour} {shape} on a {background} background",
+        "num_inference_steps": 4 + (36 * n) // 15,
+        "guidance_scale": [0.0, 1.0, 7.0][n % 3],
+        "seed": n,
+    }
+    for n, (colour, shape, background) in enumerate(
+        [
+            ("red", "circle", "blue"),
+            ("green", "square", "white"),
+            ("blue", "triangle", "yellow"),
+            ("yellow", "star", "black"),
+        ]
+        * 4
+    )
+]
+
+
+def levels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture).astype(int)
+
+
+def ask_together(client: Client, requests: list[dict[str, Any]]) -> list[Picture]:
+    with ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(lambda fields: client.generate(**fields), requests))
+
+
+def test_concurrent_requests_make_their_solo_pictures(client: Client) -> None:
+    solo = [client.generate(**fields) for fields in REQUESTS]
+
+    together = ask_together(client, REQUESTS)
+
+    for fields, alone, crowded in zip(REQUESTS, solo, together, strict=True):
+        assert crowded.seed == fields["seed"]
+        assert np.abs(levels(alone) - levels(crowded)).max() <= 1, fields
+
+
+def test_equal_requests_at_once_make_equal_pictures(client: Client) -> None:
+    request = {"prompt": "a small green star on a white background", "seed": 5}
+
+    pictures = ask_together(client, [request] * 5)
+
+    assert len({picture.encoded for picture in pictures}) == 1
+
+
+def test_seed_zero_is_a_seed(client: Client) -> None:
+    first, again, other = (client.generate("a red circle", seed=seed) for seed in (0, 0, 1))
+
+    assert first.encoded == again.encoded
+    assert (levels(first) != levels(other)).any()
+
+
+def test_a_request_without_a_seed_tells_which_it_took(client: Client) -> None:
+    picture = client.generate("a red circle")
+
+    assert client.generate("a red circle", seed=picture.seed).encoded == picture.encoded
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("num_inference_steps", "guidance_scale", "negative_prompt"),
+    [(20, 5.0, ""), (7, 7.5, "a blue background"), (4, 1.0, ""), (1, 3.0, "")],
+)
+def test_the_picture_is_that_of_the_diffusers_pipeline(
+    client: Client, num_inference_steps: int, guidance_scale: float, negative_prompt: str
+) -> None:
+    """The same seed is enough: the noise is that of PyTorch's CPU generator."""
+    import torch
+    from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
+
+    pipeline = StableDiffusionPipeline.from_pretrained(CHECKPOINT).to(torch.float32)
+    pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    fields = {
+        "prompt": "a large yellow square on a black background",
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+    }
+    generator = torch.Generator("cpu").manual_seed(123)
+    expected = pipeline(**fields, generator=generator).images[0]
+
+    served = client.generate(**fields, seed=123)
+
+    assert np.abs(levels(expected) - levels(served)).mean() <= 1
+
+
+@pytest.mark.parametrize(
+    ("colour", "shape", "background"),
+    [
+        ("red", "circle", "blue"),
+        ("white", "square", "green"),
+        ("yellow", "triangle", "black"),
+        ("blue", "star", "white"),
+    ],
+)
+def test_the_picture_shows_what_the_prompt_says(
+    client: Client, colour: str, shape: str, background: str
+) -> None:
+    prompt = f"a large {colour} {shape} on a {background} background"
+
+    picture = client.generate(prompt, seed=1, num_inference_steps=20, guidance_scale=5.0)
+
+    seen = classify(picture)
+    assert (seen.colour, seen.shape, seen.background) == (colour, shape, background)
+
+
+def test_pictures_of_one_request_use_consecutive_seeds(client: Client) -> None:
+    pictures = client.generate("a red circle", seed=10, num_images_per_prompt=3)
+
+    assert [picture.seed for picture in pictures] == [10, 11, 12]
+    assert pictures[2].encoded == client.generate("a red circle", seed=12).encoded
+
+
+def test_sizes_beside_the_default_are_served(client: Client) -> None:
+    picture = client.generate("a red circle", width=192, height=128, num_inference_steps=4)
+
+    assert picture.size == (192, 128)
+
+
+def test_a_picture_carries_its_provenance(client: Client, tmp_path: Path) -> None:
+    picture = client.generate("a red circle ☃", seed=3, num_inference_steps=4)
+    (tmp_path / "a.png").write_bytes(picture.encoded)
+
+    with Image.open(tmp_path / "a.png") as opened:
+        facts = json.loads(opened.text["darkroom"])
+        assert "Steps: 4, Sampler: unipc" in opened.text["parameters"]
+    assert facts["prompt"] == "a red circle ☃"
+    assert (facts["seed"], facts["num_inference_steps"]) == (3, 4)
+
+
+def test_a_long_prompt_is_served_with_a_note(client: Client) -> None:
+    picture = client.generate("a red circle " * 60, num_inference_steps=2)
+
+    (note,) = picture.notes
+    assert note.startswith("prompt: too long, its last ")
+
+
+def test_timings_are_told(client: Client) -> None:
+    timings = client.generate("a red circle", num_inference_steps=4).timings
+
+    assert set(timings) == {"queue_ms", "denoise_ms", "decode_ms", "total_ms"}
+    assert timings["total_ms"] >= timings["denoise_ms"] > 0
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_other_formats_are_served(client: Client, output_format: str) -> None:
+    picture = client.generate("a red circle", output_format=output_format, num_inference_steps=2)
+
+    with Image.open(BytesIO(picture.encoded)) as opened:
+        assert opened.format == output_format.upper()
+
+
+def test_http_gives_the_picture_that_grpc_gives(client: Client, server: Server) -> None:
+    with Client(server.http_url) as http:
+        assert http.is_ready()
+        over_http = http.generate("a red circle", seed=4)
+
+    assert over_http.encoded == client.generate("a red circle", seed=4).encoded
+
+
+def test_the_async_client_runs_requests_together(client: Client, server: Server) -> None:
+    async def ask() -> list[list[Picture]]:
+        async with AsyncClient(server.grpc_url) as asynchronous:
+            assert await asynchronous.is_ready()
+            tasks = [asynchronous.generate("a red circle", seed=seed) for seed in range(4)]
+            return await asyncio.gather(*tasks)
+
+    pictures = [only for (only,) in asyncio.run(ask())]
+
+    assert [picture.seed for picture in pictures] == [0, 1, 2, 3]
+    assert pictures[2].encoded == client.generate("a red circle", seed=2).encoded
