@@ -3,9 +3,9 @@
 import argparse
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from darkroom import __version__
@@ -126,25 +126,24 @@ def _serve(options: argparse.Namespace) -> int:
 
     ports = Ports(options.host, options.http_port, options.grpc_port, options.metrics_port)
     server = Server(options.repository, ports, terminal_progress)
-    signal.signal(signal.SIGTERM, _interrupt)
+    is_stopping = threading.Event()
     try:
+        # An exception is what interrupts a start; once the server runs, a flag is safer: one
+        # raised inside somebody's __del__ would be lost, and the signal with it.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         server.start()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: is_stopping.set())
         print(
             f"ready: {options.repository} at gRPC {server.grpc_url}, HTTP {server.http_url}, "
             f"metrics {server.metrics_url}; Ctrl-C stops it",
             flush=True,
         )
-        status = server.wait()
-    except KeyboardInterrupt:
+        server.wait(is_stopping)
         print("stopping", file=sys.stderr)
-        return 0
     finally:
         server.stop()
-    raise DarkroomError(f"tritonserver ended by itself, with status {status}")
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    return 0
 
 
 def _export(options: argparse.Namespace) -> int:

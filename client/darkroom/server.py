@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -147,11 +148,14 @@ class Server:
             self.stop()
             raise
 
-    def wait(self) -> int:
-        """Block until the server process ends; returns its exit status."""
-        if self._process is None:
-            raise ServeError("the server was not started")
-        return self._process.wait()
+    def wait(self, is_stopping: threading.Event) -> None:
+        """Block until `is_stopping` is set.
+
+        Raises:
+            ServeError: the server process ended by itself.
+        """
+        while not is_stopping.wait(0.2):
+            self._check_alive()
 
     def stop(self) -> None:
         """Stop the server and remove all it left: processes, shared memory, files."""

@@ -18,7 +18,7 @@ from darkroom import Client, DarkroomError, RequestTimeout
 from darkroom.server import Ports, ServeError, Server, free_ports
 
 WAIT_S = 60.0
-SHM = Path("/dev/shm")
+SHM = Path("/dev/shm")  # noqa: S108  where Triton keeps its shared memory
 
 
 def serve_command(repository: Path, ports: Ports) -> list[str]:
