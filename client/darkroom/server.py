@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
@@ -94,6 +94,8 @@ class Distribution:
 class Server:
     """A running tritonserver with the models of one repository.
 
+    It ends when the thread that started it does, so that a killed program leaves no server.
+
     >>> with Server(Path("build/shapes")) as server:                 # doctest: +SKIP
     ...     Client(server.grpc_url).generate("a red circle")
     """
@@ -104,7 +106,9 @@ class Server:
         self.repository = repository.resolve()
         self.ports = ports or Ports()
         self._progress = progress
-        self._networks = _networks(self.repository)
+        manifest = _read_manifest(self.repository)
+        self._networks = list(manifest["networks"])
+        self._min_size = int(manifest["limits"]["min_size"])
         self._runtime = Path(tempfile.mkdtemp(prefix="darkroom-"))
         self._shm_prefix = f"{self._runtime.name}_"
         self._process: subprocess.Popen[bytes] | None = None
@@ -244,7 +248,12 @@ class Server:
         with Client(self.grpc_url) as client:
             try:
                 client.generate(
-                    "", num_inference_steps=1, seed=0, timeout=give_up_at - time.monotonic()
+                    "",
+                    num_inference_steps=1,
+                    seed=0,
+                    width=self._min_size,
+                    height=self._min_size,
+                    timeout=give_up_at - time.monotonic(),
                 )
             except DarkroomError as error:
                 raise self._failure(f"the probe picture failed: {error}") from error
@@ -263,18 +272,22 @@ class Server:
         return ServeError("\n".join([what, *dict.fromkeys(sentences[-4:])]))
 
 
-def _networks(repository: Path) -> list[str]:
-    """The names of the networks in a repository, from its manifest."""
-    manifest = repository / "manifest.json"
+def _read_manifest(repository: Path) -> dict[str, Any]:
+    """What the manifest says of a repository; the engine checks it in full."""
+    path = repository / "manifest.json"
     try:
-        return list(json.loads(manifest.read_text())["networks"])
+        manifest: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(manifest["networks"], dict):
+            raise TypeError("networks is no object")
+        int(manifest["limits"]["min_size"])
     except FileNotFoundError:
         raise ServeError(
-            f"{manifest} is missing: {repository} is no exported repository; "
+            f"{path} is missing: {repository} is no exported repository; "
             "darkroom export CHECKPOINT REPOSITORY makes one"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ServeError(f"{manifest}: malformed, {error!r}") from None
+        raise ServeError(f"{path}: malformed, {error!r}") from None
+    return manifest
 
 
 def _check_ports(ports: Ports) -> None:

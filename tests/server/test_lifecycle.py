@@ -103,12 +103,23 @@ def test_a_stop_answers_requests_that_are_running(repository: Path) -> None:
 
 
 def test_a_killed_serve_leaves_no_server_behind(repository: Path) -> None:
-    with serving(repository) as (process, ports):
+    """Even with requests on their way, which are answered with an error."""
+    with (
+        serving(repository) as (process, ports),
+        Client(f"127.0.0.1:{ports.grpc}") as client,
+        ThreadPoolExecutor() as pool,
+    ):
         processes = server_processes(ports)
+        requests = [
+            pool.submit(client.generate, "a red circle", num_inference_steps=150, seed=seed)
+            for seed in range(4)
+        ]
         process.kill()
         process.wait(WAIT_S)
 
         wait_until_gone(processes)
+        for request in requests:
+            assert isinstance(request.exception(WAIT_S), DarkroomError) or request.result().size
 
 
 def test_serve_says_what_it_cannot_do_in_one_line(repository: Path, tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from darkroom_engine import (
 )
 
 CANCEL_POLL_S = 0.02
+PARENT_POLL_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class TritonPythonModel:
         networks = TritonNetworks(pb_utils, args["model_name"], manifest)
         self._engine = Engine(manifest, networks, engine_config)
         self._watcher = CancelWatcher()
+        threading.Thread(target=_exit_with_parent, args=[os.getppid()], daemon=True).start()
         self._engine.start()
         self._watcher.start()
 
@@ -131,6 +135,16 @@ class CancelWatcher:
                     job.cancel()
             with self._changed:
                 self._changed.wait_for(lambda: self._is_closing, timeout=CANCEL_POLL_S)
+
+
+def _exit_with_parent(parent: int) -> None:
+    """End this process when the server's is gone.
+
+    The stub looks for that itself, but then waits for a lock that a call to the dead server holds.
+    """
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_S)
+    os._exit(1)
 
 
 def _success(result: JobResult) -> pb_utils.InferenceResponse:

@@ -188,15 +188,15 @@ class Engine:
         self._fail_all(error)
 
     def _warm_up(self) -> None:
-        """Run every network at every batch size from 1 to `warmup_rows`, at the default size."""
+        """Run every network at every batch size from 1 to `warmup_rows`, at the smallest size."""
         networks, manifest = self._networks, self._manifest
         networks.wait_until_ready(NETWORKS_TIMEOUT_S)
         conditioning = self._prompts.encode("")
         factor = manifest.vae_scale_factor
         shape = (
             manifest.latent_channels,
-            self.limits.default_height // factor,
-            self.limits.default_width // factor,
+            self.limits.min_size // factor,
+            self.limits.min_size // factor,
         )
         for rows in range(1, self._config.warmup_rows + 1):
             latents = np.zeros((rows, *shape), np.float32)
