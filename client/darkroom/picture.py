@@ -13,6 +13,8 @@ class Picture(Image.Image):
     """Generating with this seed makes this picture again."""
     timings: dict[str, float]
     """Milliseconds by phase: queue_ms, denoise_ms, decode_ms, total_ms."""
+    queue_steps: int
+    """Steps of other requests that began between the arrival of this one and its first."""
     model: str
     notes: list[str]
     """What the server wants known, for instance that the prompt was truncated."""
@@ -32,6 +34,7 @@ class Picture(Image.Image):
         picture.info = dict(opened.info)
         picture.seed = seed
         picture.timings = info["timings"]
+        picture.queue_steps = info["queue_steps"]
         picture.model = info["model"]
         picture.notes = info["notes"]
         picture.encoded = encoded

@@ -67,7 +67,7 @@ def test_a_newcomer_joins_the_running_batch_at_the_next_step(harness: Harness) -
     short = harness.ask(num_inference_steps=3, guidance_scale=1.0)
     harness.networks.gate.set()
 
-    short.result(WAIT_S)
+    assert short.result(WAIT_S).info["queue_steps"] == 0
     long.result(WAIT_S)
 
     assert harness.networks.step_rows == [1, 2, 2, 2, *[1] * 36]

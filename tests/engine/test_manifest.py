@@ -35,7 +35,9 @@ def test_a_changed_file_is_refused_by_name(
     (repository / "model.onnx").write_bytes(b"tampered")
     path = rewrite(repository, manifest_document, "unet", files={"model.onnx": "0" * 64})
 
-    with pytest.raises(ManifestError, match=r"unet: .*model.onnx is not the file that was verified"):
+    with pytest.raises(
+        ManifestError, match=r"unet: .*model.onnx is not the file that was verified"
+    ):
         Manifest.load(path)
 
 

@@ -162,6 +162,22 @@ def test_timings_are_told(client: Client) -> None:
     assert timings["total_ms"] >= timings["denoise_ms"] > 0
 
 
+def test_a_newcomer_gets_its_first_step_within_two_of_the_running_batch(client: Client) -> None:
+    with ThreadPoolExecutor() as pool:
+        long = pool.submit(
+            client.generate, "a red circle", num_inference_steps=150, width=256, height=128
+        )
+        waits = []
+        while not long.done():
+            newcomer = client.generate(
+                "a red circle", num_inference_steps=2, width=256, height=128, seed=0
+            )
+            waits.append(newcomer.queue_steps)
+
+    assert len(waits) > 2
+    assert max(waits) <= 2
+
+
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
 def test_other_formats_are_served(client: Client, output_format: str) -> None:
     picture = client.generate("a red circle", output_format=output_format, num_inference_steps=2)

@@ -85,14 +85,20 @@ class Responder:
 
     def __init__(self, request: pb_utils.InferenceRequest) -> None:
         self._sender = request.get_response_sender()
+        self._lock = threading.Lock()
+        self._is_answered = False
 
     @property
     def is_cancelled(self) -> bool:
-        return self._sender.is_cancelled()
+        with self._lock:
+            # Triton frees the request with its answer, and to ask afterwards crashes the server.
+            return not self._is_answered and self._sender.is_cancelled()
 
     def __call__(self, answer: JobResult | EngineError) -> None:
         response = _error(answer) if isinstance(answer, EngineError) else _success(answer)
-        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        with self._lock:
+            self._is_answered = True
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 class CancelWatcher:

@@ -50,6 +50,7 @@ class Engine:
         self._scheduler = Scheduler(config.max_rows, config.max_queue_size)
         self._developer = Developer(networks, manifest, config.max_decode_rows)
         self._changed = threading.Condition()
+        self._num_steps = 0
         self._is_closing = False
         self._start_error: EngineError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -95,6 +96,7 @@ class Engine:
                 raise self._start_error
             if self._is_closing:
                 raise EngineError("the engine is stopping")
+            job.submitted_step = self._num_steps
             self._scheduler.submit(samples)
             self._changed.notify()
         return job
@@ -150,7 +152,9 @@ class Engine:
         job = sample.job
         if job.is_over:
             return False
-        job.started_at = job.started_at or time.monotonic()
+        if job.started_at is None:
+            job.started_at = time.monotonic()
+            job.started_step = self._num_steps
         try:
             sample.conditional = self._prompts.encode(job.request.prompt)
             if job.request.is_guided:
@@ -165,6 +169,8 @@ class Engine:
     def _step(self, samples: list[Sample]) -> None:
         """One UNet call; a failure ends the jobs of the rows it hit and of no others."""
         batch = StepBatch(samples)
+        with self._changed:
+            self._num_steps += 1
         try:
             outputs = self._networks.denoise(*batch.inputs())
         except EngineError as error:

@@ -38,6 +38,9 @@ class Job:
         self.notes: list[str] = []
         self.submitted_at = time.monotonic()
         self.started_at: float | None = None
+        # Set by the engine, counted in UNet calls since it started.
+        self.submitted_step = 0
+        self.started_step = 0
         self.denoised_at: float | None = None
         self._reply = reply
         self._lock = threading.Lock()
@@ -71,6 +74,7 @@ class Job:
                 info={
                     **info,
                     "num_inference_steps": request.num_inference_steps,
+                    "queue_steps": self.started_step - self.submitted_step,
                     "notes": self.notes,
                     "timings": self._timings(),
                 },
