@@ -17,46 +17,62 @@ FAMILIES = {"StableDiffusionPipeline": "sd1"}
 
 
 @dataclass(frozen=True)
+class CheckpointFiles:
+    """A checkpoint on disk, pinned by its contents."""
+
+    source: str
+    """What the user named: a folder, a file or a hub id."""
+    path: Path
+    """The diffusers folder, or the single .safetensors file."""
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A loaded checkpoint: float32 weights on the CPU, UniPC in the place of its scheduler."""
 
-    source: str
-    sha256: str
+    files: CheckpointFiles
     family: str
     pipeline: Any
 
-    @property
-    def name(self) -> str:
-        return Path(self.source).stem.removesuffix("-checkpoint") or self.source
+
+def find_checkpoint(source: str) -> CheckpointFiles:
+    """Find a diffusers folder, a single .safetensors file, or a hub id, and hash it.
+
+    Raises:
+        ExportError: there is no such checkpoint, or it is of a family that is not supported.
+    """
+    path = Path(source)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ExportError(f"{path}: no such file")
+        return CheckpointFiles(source, path, _sha256([path]))
+    folder = path if path.is_dir() else _download(source)
+    _check_index(folder)
+    parts = sorted(file for file in folder.rglob("*") if _is_part(file))
+    return CheckpointFiles(source, folder, _sha256(parts))
 
 
-def load_checkpoint(source: str, config: str | None = None) -> Checkpoint:
-    """Load a diffusers folder, a single .safetensors file, or a hub id.
+def load_checkpoint(files: CheckpointFiles, config: str | None = None) -> Checkpoint:
+    """Load what `find_checkpoint` found.
 
     Args:
         config: for a single file, the diffusers folder or hub id that describes its architecture;
             left out, diffusers infers it and may have to ask the hub.
 
     Raises:
-        ExportError: the checkpoint is missing, broken or of a family that is not supported.
+        ExportError: a part is missing or broken, or the family is not supported.
     """
     quieten()
-    path = Path(source)
-    if path.suffix == ".safetensors":
-        pipeline = _load_single_file(path, config)
-        digest = _sha256([path])
-    else:
-        folder = path if path.is_dir() else _download(source)
-        _check_index(folder)
-        pipeline = _load_folder(folder)
-        digest = _sha256(sorted(file for file in folder.rglob("*") if _is_part(file)))
+    path = files.path
+    pipeline = _load_single_file(path, config) if path.is_file() else _load_folder(path)
     family = FAMILIES.get(type(pipeline).__name__)
     if family is None:
-        raise ExportError(_unsupported(source, type(pipeline).__name__))
+        raise ExportError(_unsupported(str(path), type(pipeline).__name__))
     # Half-precision weights are exact in float32; what they should be served in is decided later.
     pipeline.to(torch.float32)
-    pipeline.scheduler = _unipc(source, pipeline.scheduler)
-    return Checkpoint(source, digest, family, pipeline)
+    pipeline.scheduler = _unipc(str(path), pipeline.scheduler)
+    return Checkpoint(files, family, pipeline)
 
 
 def _load_folder(folder: Path) -> Any:
@@ -75,8 +91,6 @@ def _load_folder(folder: Path) -> Any:
 
 
 def _load_single_file(path: Path, config: str | None) -> Any:
-    if not path.is_file():
-        raise ExportError(f"{path}: no such file")
     try:
         return diffusers.StableDiffusionPipeline.from_single_file(
             str(path),

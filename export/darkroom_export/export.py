@@ -7,7 +7,7 @@ from typing import Any
 
 from darkroom.progress import Progress, silent_progress
 from darkroom_export import repository as repo
-from darkroom_export.checkpoint import Checkpoint, load_checkpoint
+from darkroom_export.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from darkroom_export.errors import ExportError
 from darkroom_export.networks import (
     MAX_BATCH_SIZE,
@@ -54,9 +54,8 @@ def export_checkpoint(
         ExportError: names the file and the reason; `target` is as it was before.
     """
     existing = _existing(target)
-    with progress("loading the checkpoint"):
-        checkpoint = load_checkpoint(source, config)
-    identity = {"sha256": checkpoint.sha256, "precision": str(precision)}
+    files = find_checkpoint(source)
+    identity = {"sha256": files.sha256, "precision": str(precision)}
     if existing is not None and not force:
         if existing.get("identity") == identity and _is_complete(target, existing):
             repo.write_python_models(target)
@@ -65,8 +64,11 @@ def export_checkpoint(
             f"{target}: holds {existing.get('name')} in {existing.get('precision')}, made from "
             "another checkpoint or in another precision, or is damaged; --force replaces it"
         )
+    with progress("loading the checkpoint"):
+        checkpoint = load_checkpoint(files, config)
     with repo.atomic_directory(target) as partial:
         manifest = _export_networks(checkpoint, partial, precision, progress)
+        manifest["name"] = target.name
         manifest["identity"] = identity
         repo.write_python_models(partial)
         repo.write_manifest(partial, manifest)
@@ -120,9 +122,8 @@ def _describe(checkpoint: Checkpoint, precision: Precision) -> dict[str, Any]:
     native_size = pipeline.unet.config.sample_size * vae_factor
     return {
         "format": MANIFEST_FORMAT,
-        "name": checkpoint.name,
         "family": checkpoint.family,
-        "checkpoint": {"source": checkpoint.source, "sha256": checkpoint.sha256},
+        "checkpoint": {"source": checkpoint.files.source, "sha256": checkpoint.files.sha256},
         "precision": str(precision),
         "backend": "python-onnxruntime",
         "latents": {

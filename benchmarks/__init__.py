@@ -1,0 +1,1 @@
+"""Measurements of a running Darkroom server; README.md says how to repeat each."""
