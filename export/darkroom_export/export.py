@@ -136,6 +136,8 @@ def _describe(checkpoint: Checkpoint, precision: Precision) -> dict[str, Any]:
             "prediction_type": scheduler_config.prediction_type,
             "timestep_spacing": scheduler_config.timestep_spacing,
             "steps_offset": scheduler_config.steps_offset,
+            # A key of DDIM's, which other schedulers carry along.
+            "set_alpha_to_one": bool(scheduler_config.get("set_alpha_to_one", True)),
         },
         "solver": {
             key: scheduler_config[key]

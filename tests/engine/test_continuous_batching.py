@@ -7,13 +7,18 @@ from typing import Any
 import pytest
 from engine_harness import WAIT_S, Harness
 
+SAMPLERS = (
+    *("unipc", "unipc_karras", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde"),
+    *("dpmpp_2m_sde_karras", "euler", "euler_ancestral", "ddim", "lcm"),
+)
+
 REQUESTS: list[dict[str, Any]] = [
     {
         "prompt": f"prompt {n}",
         "negative_prompt": ["", "blurry"][n % 2],
         "num_inference_steps": 2 + 3 * n % 23,
         "guidance_scale": [0.0, 1.0, 2.5, 7.0][n % 4],
-        "sampler": ["unipc", "unipc_karras"][n // 2 % 2],
+        "sampler": SAMPLERS[n % len(SAMPLERS)],
         "seed": n * 1000,
     }
     for n in range(16)
@@ -71,6 +76,10 @@ def test_a_newcomer_joins_the_running_batch_at_the_next_step(harness: Harness) -
     long.result(WAIT_S)
 
     assert harness.networks.step_rows == [1, 2, 2, 2, *[1] * 36]
+
+
+def test_all_samplers_are_in_the_mixed_batch(harness: Harness) -> None:
+    assert harness.engine.limits.samplers == SAMPLERS
 
 
 def test_rows_are_never_more_than_allowed(make_engine: Callable[..., Harness]) -> None:

@@ -11,6 +11,7 @@ from darkroom_engine import (
     Cancelled,
     DeadlineExceeded,
     EngineError,
+    InvalidRequest,
     NetworkFailed,
     Overloaded,
 )
@@ -232,6 +233,11 @@ def test_every_request_of_a_storm_is_answered_exactly_once(
         future.exception(WAIT_S)
 
     assert len(harness.answers) == 300
+
+
+def test_more_steps_than_a_sampler_can_do_are_refused(harness: Harness) -> None:
+    with pytest.raises(InvalidRequest, match="sampler: 'lcm': 60 steps are too many.* 1 to 50"):
+        harness.ask(sampler="lcm", num_inference_steps=60)
 
 
 def test_a_second_identical_prompt_is_not_encoded_again(harness: Harness) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toy_unet import CONFIG, SHAPE, ToyUNet
 
 from darkroom_engine import solver as solver_module
 from darkroom_engine.samplers import Samplers
@@ -15,16 +16,6 @@ diffusers = pytest.importorskip("diffusers")
 
 pytestmark = pytest.mark.torch
 
-CONFIG = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "prediction_type": "epsilon",
-    "timestep_spacing": "linspace",
-    "steps_offset": 1,
-}
-SHAPE = (4, 4, 4)
 NUM_STEPS = range(1, 51)
 
 
@@ -63,29 +54,6 @@ class Oracle:
         model_output = torch.from_numpy(output)[None].to(self.dtype)
         self.sample = self.scheduler.step(model_output, timestep, self.sample).prev_sample
         return self.sample[0].numpy()
-
-
-class ToyUNet:
-    """A smooth function of (sample, timestep) in the place of a UNet.
-
-    Like a trained network it predicts an x_0 of the size of data, whatever the noise level, and
-    says so in the terms of its prediction type.
-    """
-
-    def __init__(self, seed: int, config: dict, alphas_cumprod: np.ndarray) -> None:
-        rng = np.random.default_rng(seed)
-        self.frequency = rng.normal(size=SHAPE)
-        self.bias = rng.normal(size=SHAPE)
-        self.alphas_cumprod = alphas_cumprod.astype(np.float64)
-        self.prediction_type = config["prediction_type"]
-
-    def __call__(self, sample: np.ndarray, timestep: float) -> np.ndarray:
-        alpha_bar = self.alphas_cumprod[int(timestep)]
-        alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-        x0 = np.sin(self.frequency * sample + timestep / 300) + 0.3 * self.bias
-        epsilon = (sample - alpha * x0) / sigma
-        output = {"epsilon": epsilon, "v_prediction": alpha * epsilon - sigma * x0, "sample": x0}
-        return output[self.prediction_type].astype(np.float32)
 
 
 def assert_every_step_follows(config: dict, solver: dict, num_steps: int) -> None:

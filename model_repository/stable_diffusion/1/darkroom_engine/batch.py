@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from darkroom_engine.errors import NetworkFailed
 from darkroom_engine.sample import Conditioning, Sample
-from darkroom_engine.solver import advance
+from darkroom_engine.solver import NOISE, advance
 
 
 class StepBatch:
@@ -49,6 +49,10 @@ class StepBatch:
             The samples whose output is not finite, which must not go on, with the error.
         """
         samples = self.samples
+        for sample in samples:
+            if sample.table.is_stochastic:
+                # From the sample's own stream, so that its neighbours have no say in it.
+                sample.state[NOISE] = sample.noise.draw(sample.latent_shape)
         states = np.stack([sample.state for sample in samples])
         guided = self._guide(outputs)
         states = advance(

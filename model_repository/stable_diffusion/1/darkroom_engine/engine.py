@@ -13,7 +13,7 @@ from darkroom_engine.errors import EngineError, InvalidRequest, NetworkFailed
 from darkroom_engine.job import Job, Reply
 from darkroom_engine.manifest import Manifest
 from darkroom_engine.networks import Networks
-from darkroom_engine.noise import gaussian_noise
+from darkroom_engine.noise import GaussianNoise
 from darkroom_engine.prompts import PromptEncoder
 from darkroom_engine.request import ImageRequest, Limits
 from darkroom_engine.sample import Sample
@@ -162,8 +162,8 @@ class Engine:
         except EngineError as error:
             job.fail(error)
             return False
-        noise = gaussian_noise(sample.seed, sample.latent_shape)
-        sample.state = initial_state(noise, sample.table)
+        sample.noise = GaussianNoise(sample.seed)
+        sample.state = initial_state(sample.noise.draw(sample.latent_shape), sample.table)
         return True
 
     def _step(self, samples: list[Sample]) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darkroom_engine.job import Job
+from darkroom_engine.noise import GaussianNoise
 from darkroom_engine.solver import SAMPLE, SolverTable
 
 Conditioning = dict[str, NDArray[np.float32]]
@@ -25,6 +26,7 @@ class Sample:
     step: int = 0
     """Steps done."""
     # Set by the engine when the sample is admitted.
+    noise: GaussianNoise = field(init=False)
     state: NDArray[np.float32] = field(init=False)
     conditional: Conditioning = field(init=False)
     unconditional: Conditioning = field(init=False)

@@ -59,6 +59,8 @@ class NoiseSchedule:
     prediction_type: str
     timestep_spacing: str
     steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    """Whether DDIM ends free of noise, rather than at the least noise that was trained."""
 
     def __post_init__(self) -> None:
         for key, value, allowed in (
@@ -101,6 +103,25 @@ class NoiseSchedule:
         # Rounded to float32 for the same reason as train_sigmas.
         visited = np.append(visited, final).astype(np.float32).astype(np.float64)
         return NoiseLevels(timesteps=timesteps.astype(np.float64), ratios=visited)
+
+    def levels_at(self, timesteps: Floats, *, final: float = 0.0) -> NoiseLevels:
+        """The noise levels of given timesteps, descending, and the ratio `final` at the end."""
+        visited = np.interp(timesteps, np.arange(len(self.train_sigmas)), self.train_sigmas)
+        ratios = np.append(visited, final).astype(np.float32).astype(np.float64)
+        return NoiseLevels(timesteps=timesteps, ratios=ratios)
+
+    def one_step_timesteps(self, num_inference_steps: int) -> Floats:
+        """The timesteps of a one-step solver such as Euler or DDIM, descending, not rounded.
+
+        Unlike those of a multistep solver, they end at the least noise, not a step before it.
+        """
+        total, count = len(self.train_sigmas), num_inference_steps
+        if self.timestep_spacing == "linspace":
+            return np.linspace(0, total - 1, count)[::-1]
+        if self.timestep_spacing == "leading":
+            stride = total // count
+            return (np.arange(count - 1, -1, -1) * stride + self.steps_offset).astype(np.float64)
+        return np.arange(total, 0, -total / count).round()[:count] - 1
 
     def _spaced_timesteps(self, num_inference_steps: int) -> Floats:
         total, count = len(self.train_sigmas), num_inference_steps

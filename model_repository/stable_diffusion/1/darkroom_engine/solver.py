@@ -2,7 +2,8 @@
 
 The state of a sample is a stack of latents, and `SolverTable` holds, for every step, the weights
 that turn this stack into the next one. Whatever the sampler, all rows of a batch then advance by
-the same gathered multiply-add (`advance`), each with the weights of its own step.
+the same gathered multiply-add (`advance`), each with the weights of its own step. Samples are kept
+in variance-preserving scale, x_t = alpha_t x_0 + sigma_t eps, whatever scale a paper uses.
 """
 
 from collections.abc import Sequence
@@ -12,14 +13,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from darkroom_engine.schedule import Floats
+from darkroom_engine.schedule import Floats, NoiseLevels
 
-# The stack: x_t, the corrected sample of the step before, and the last predictions, newest first.
+# The stack: x_t, the corrected sample of the step before, the last predictions, newest first, and
+# fresh noise for the samplers that add some.
 SAMPLE: Final = 0
 LAST: Final = 1
 PREDICTION: Final = 2
 MAX_ORDER: Final = 3
-NUM_TERMS: Final = PREDICTION + MAX_ORDER + 1
+NOISE: Final = PREDICTION + MAX_ORDER + 1
+NUM_TERMS: Final = NOISE + 1
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,10 @@ class SolverTable:
     """(S, NUM_TERMS) weights of the stack in the corrected x_t."""
     advance: Floats
     """(S, NUM_TERMS) weights of the stack in the next sample."""
-    initial_scale: float
+    initial_scale: float = 1.0
     """The starting sample is this times unit noise."""
+    is_stochastic: bool = False
+    """Whether every step takes unit noise of its own, to be put into the stack before it."""
 
     def __post_init__(self) -> None:
         weights = (self.convert, self.correct, self.advance)
@@ -86,10 +91,22 @@ def advance(
         corrected += correct[:, term] * states[:, term]
         following += onward[:, term] * states[:, term]
 
-    states[:, PREDICTION + 1 :] = states[:, PREDICTION:-1].copy()
+    states[:, PREDICTION + 1 : NOISE] = states[:, PREDICTION : NOISE - 1].copy()
     states[:, LAST] = corrected
     states[:, SAMPLE] = following
     return states
+
+
+def x0_weights(levels: NoiseLevels, prediction_type: str) -> Floats:
+    """(S, 2) weights of (x_t, UNet output) in the x_0 that the output predicts."""
+    alpha, sigma = levels.alpha[:-1], levels.sigma[:-1]
+    weights = {
+        "epsilon": (1 / alpha, -sigma / alpha),
+        # Salimans & Ho 2022 (arXiv:2202.00512): v = alpha eps - sigma x_0.
+        "v_prediction": (alpha, -sigma),
+        "sample": (np.zeros_like(alpha), np.ones_like(alpha)),
+    }
+    return np.stack(weights[prediction_type], axis=1)
 
 
 def _column(rows: list[Floats], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -16,7 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from darkroom_engine.schedule import Floats, NoiseLevels, NoiseSchedule
-from darkroom_engine.solver import LAST, MAX_ORDER, NUM_TERMS, PREDICTION, SAMPLE, SolverTable
+from darkroom_engine.solver import (
+    LAST,
+    MAX_ORDER,
+    NUM_TERMS,
+    PREDICTION,
+    SAMPLE,
+    SolverTable,
+    x0_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,6 @@ class UniPC:
             convert=self._convert(levels, schedule.prediction_type),
             correct=correct,
             advance=advance,
-            initial_scale=1.0,
         )
 
     def _order(self, step: int, num_steps: int) -> int:
@@ -81,20 +88,13 @@ class UniPC:
 
     def _convert(self, levels: NoiseLevels, prediction_type: str) -> Floats:
         """(S, 2) weights of (x_t, output) in x_0 if `predict_x0`, else in eps."""
-        alpha, sigma = levels.alpha[:-1], levels.sigma[:-1]
-        zero, one = np.zeros_like(alpha), np.ones_like(alpha)
-        to_x0 = {
-            "epsilon": (1 / alpha, -sigma / alpha),
-            "v_prediction": (alpha, -sigma),
-            "sample": (zero, one),
-        }
-        to_noise = {
-            "epsilon": (zero, one),
-            "v_prediction": (sigma, alpha),
-            "sample": (1 / sigma, -alpha / sigma),
-        }
-        weights = to_x0 if self.predict_x0 else to_noise
-        return np.stack(weights[prediction_type], axis=1)
+        to_x0 = x0_weights(levels, prediction_type)
+        if self.predict_x0:
+            return to_x0
+        # eps = (x_t - alpha x_0) / sigma
+        alpha, sigma = levels.alpha[:-1, None], levels.sigma[:-1, None]
+        to_noise: Floats = (np.array([1.0, 0.0]) - alpha * to_x0) / sigma
+        return to_noise
 
     def _update(self, levels: NoiseLevels, s: int, order: int, *, corrector: bool) -> "_Update":
         """The weights of the step from level s to s + 1."""

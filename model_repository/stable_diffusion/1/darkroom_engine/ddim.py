@@ -1,0 +1,45 @@
+"""DDIM (Song et al. 2020, arXiv:2010.02502) as a coefficient table."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from darkroom_engine.schedule import NoiseSchedule
+from darkroom_engine.solver import NOISE, NUM_TERMS, PREDICTION, SAMPLE, SolverTable, x0_weights
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """Equation 12 of the paper; `eta` 0 is deterministic, 1 is DDPM. diffusers: DDIMScheduler."""
+
+    eta: float = 0.0
+
+    def table(self, schedule: NoiseSchedule, num_inference_steps: int) -> SolverTable:
+        timesteps = schedule.one_step_timesteps(num_inference_steps).round()
+        levels = schedule.levels_at(timesteps)
+        # Where each step ends is counted from where it starts, not read off the next one's start.
+        sigmas = np.array(schedule.train_sigmas)
+        end_timesteps = timesteps.astype(int) - len(sigmas) // num_inference_steps
+        last = 0.0 if schedule.set_alpha_to_one else sigmas[0]
+        ends = np.where(end_timesteps < 0, last, sigmas[end_timesteps])
+
+        alpha, sigma = levels.alpha[:-1], levels.sigma[:-1]
+        end_alpha = 1 / np.sqrt(ends**2 + 1)
+        end_sigma = ends * end_alpha
+        # Equation 16.
+        noise = self.eta * end_sigma / sigma * np.sqrt(np.maximum(1 - (alpha / end_alpha) ** 2, 0))
+        direction = np.sqrt(end_sigma**2 - noise**2)
+        correct = np.zeros((levels.num_steps, NUM_TERMS))
+        correct[:, SAMPLE] = 1
+        advance = np.zeros((levels.num_steps, NUM_TERMS))
+        # eps = (x_t - alpha x_0) / sigma
+        advance[:, SAMPLE] = direction / sigma
+        advance[:, PREDICTION] = end_alpha - direction * alpha / sigma
+        advance[:, NOISE] = noise
+        return SolverTable(
+            timesteps=timesteps,
+            convert=x0_weights(levels, schedule.prediction_type),
+            correct=correct,
+            advance=advance,
+            is_stochastic=self.eta > 0,
+        )

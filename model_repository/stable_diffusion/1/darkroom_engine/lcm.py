@@ -1,0 +1,51 @@
+"""Latent consistency sampling (Luo et al. 2023, arXiv:2310.04378) as a coefficient table."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from darkroom_engine.schedule import NoiseSchedule
+from darkroom_engine.solver import NOISE, NUM_TERMS, PREDICTION, SAMPLE, SolverTable, x0_weights
+
+_SIGMA_DATA = 0.5
+_TIMESTEP_SCALING = 10.0
+
+
+@dataclass(frozen=True)
+class LCM:
+    """Multistep consistency sampling, Algorithm 3 of the paper. diffusers: LCMScheduler."""
+
+    original_inference_steps: int = 50
+    """Steps of the schedule that the checkpoint was distilled on."""
+
+    def table(self, schedule: NoiseSchedule, num_inference_steps: int) -> SolverTable:
+        """As every sampler's.
+
+        Raises:
+            ValueError: more steps than the distillation had.
+        """
+        total = self.original_inference_steps
+        if num_inference_steps > total:
+            raise ValueError(f"{num_inference_steps} steps are too many, allowed are 1 to {total}")
+        stride = len(schedule.train_sigmas) // total
+        distilled = np.arange(total, 0, -1) * stride - 1
+        chosen = np.floor(np.linspace(0, total, num_inference_steps, endpoint=False)).astype(int)
+        levels = schedule.levels_at(distilled[chosen].astype(np.float64))
+        # The boundary condition: at no noise, the network's answer is the sample itself.
+        scaled = levels.timesteps * _TIMESTEP_SCALING
+        skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
+        out = scaled / np.sqrt(scaled**2 + _SIGMA_DATA**2)
+        correct = np.zeros((levels.num_steps, NUM_TERMS))
+        correct[:, SAMPLE] = 1
+        advance = np.zeros((levels.num_steps, NUM_TERMS))
+        advance[:, SAMPLE] = levels.alpha[1:] * skip
+        advance[:, PREDICTION] = levels.alpha[1:] * out
+        # The last level is free of noise, and so is the last step.
+        advance[:, NOISE] = levels.sigma[1:]
+        return SolverTable(
+            timesteps=levels.timesteps,
+            convert=x0_weights(levels, schedule.prediction_type),
+            correct=correct,
+            advance=advance,
+            is_stochastic=True,
+        )
