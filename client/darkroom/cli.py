@@ -1,6 +1,7 @@
 """The `darkroom` command."""
 
 import argparse
+import re
 import signal
 import sys
 import threading
@@ -64,6 +65,13 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     for name, number in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         parser.add_argument(f"--{name}-port", type=int, default=number, metavar="PORT")
+    parser.add_argument(
+        "--response-cache",
+        type=_bytes,
+        default=0,
+        metavar="SIZE",
+        help="keep answers, to give them again to equal requests: 64MB, say; off by default",
+    )
     parser.set_defaults(run=_serve)
 
 
@@ -125,7 +133,7 @@ def _serve(options: argparse.Namespace) -> int:
     from darkroom.server import Ports, Server  # noqa: PLC0415  its needs are an extra
 
     ports = Ports(options.host, options.http_port, options.grpc_port, options.metrics_port)
-    server = Server(options.repository, ports, terminal_progress)
+    server = Server(options.repository, ports, terminal_progress, options.response_cache)
     is_stopping = threading.Event()
     try:
         # An exception is what interrupts a start; once the server runs, a flag is safer: one
@@ -181,6 +189,14 @@ def _random_checkpoint(options: argparse.Namespace) -> int:
             raise DarkroomError(str(error)) from error
     print(f"{options.directory}: {options.architecture} with random weights")
     return 0
+
+
+def _bytes(text: str) -> int:
+    """A size such as 64MB; units are powers of 1024."""
+    match = re.fullmatch(r"(\d+)(KB|MB|GB)", text.upper())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512KB, 64MB or 1GB")
+    return int(match[1]) * {"KB": 2**10, "MB": 2**20, "GB": 2**30}[match[2]]
 
 
 class _extra:  # noqa: N801  reads as a statement

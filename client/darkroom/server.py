@@ -21,6 +21,8 @@ from types import TracebackType
 from typing import Any, Self
 
 import tritonclient.grpc
+from google.protobuf import json_format, text_format
+from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import InferenceServerException
 
 from darkroom.client import Client
@@ -54,6 +56,7 @@ class Distribution:
     binary: Path
     python_backend: Path
     stub: Path
+    caches: Path
 
     @classmethod
     def find(cls) -> "Distribution":
@@ -70,7 +73,12 @@ class Distribution:
         stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
         if not stub.is_file():
             raise ServeError(f"nvidia-pytriton has no Python backend for Python {version}: {stub}")
-        return cls(root / "bin" / "tritonserver", root / "backends" / "python", stub)
+        return cls(
+            binary=root / "bin" / "tritonserver",
+            python_backend=root / "backends" / "python",
+            stub=stub,
+            caches=root / "caches",
+        )
 
     def assemble_backend(self, directory: Path) -> None:
         """Make a backend folder with the stub that fits; the installed wheel is left as it is."""
@@ -101,11 +109,22 @@ class Server:
     """
 
     def __init__(
-        self, repository: Path, ports: Ports | None = None, progress: Progress = silent_progress
+        self,
+        repository: Path,
+        ports: Ports | None = None,
+        progress: Progress = silent_progress,
+        response_cache_bytes: int = 0,
     ) -> None:
+        """Prepare a server.
+
+        Args:
+            response_cache_bytes: memory for whole answers: a request that equals an earlier one in
+                every input is then answered without the engine; 0 keeps none.
+        """
         self.repository = repository.resolve()
         self.ports = ports or Ports()
         self._progress = progress
+        self._response_cache_bytes = response_cache_bytes
         manifest = _read_manifest(self.repository)
         self._networks = list(manifest["networks"])
         self._min_size = int(manifest["limits"]["min_size"])
@@ -212,6 +231,11 @@ class Server:
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in self._networks),
         ]
+        if self._response_cache_bytes:
+            command += [
+                f"--cache-config=local,size={self._response_cache_bytes}",
+                f"--cache-directory={distribution.caches}",
+            ]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(  # noqa: S603  our own command line
                 command,
@@ -239,9 +263,18 @@ class Server:
     def _load_engine(self) -> None:
         with tritonclient.grpc.InferenceServerClient(self.grpc_url) as triton:
             try:
-                triton.load_model(MODEL)
+                triton.load_model(MODEL, config=self._engine_config())
             except InferenceServerException as error:
                 raise self._failure(f"the engine cannot be loaded: {error.message()}") from error
+
+    def _engine_config(self) -> str | None:
+        """The engine's config as JSON where it differs from the repository's, else None."""
+        if not self._response_cache_bytes:
+            return None
+        text = (self.repository / MODEL / "config.pbtxt").read_text()
+        config = text_format.Parse(text, model_config_pb2.ModelConfig())
+        config.response_cache.enable = True
+        return str(json_format.MessageToJson(config, preserving_proto_field_name=True))
 
     def _probe(self, give_up_at: float) -> None:
         """Make a picture: only that shows that all of it works."""

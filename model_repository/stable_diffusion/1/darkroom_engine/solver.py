@@ -78,22 +78,19 @@ def advance(
         `states`, holding the next stacks.
     """
     rows = list(zip(tables, steps, strict=True))
-    convert = _column([table.convert[step] for table, step in rows], states.dtype)
-    correct = _column([table.correct[step] for table, step in rows], states.dtype)
-    onward = _column([table.advance[step] for table, step in rows], states.dtype)
-
+    convert = np.array([table.convert[step] for table, step in rows], states.dtype)
+    convert = convert[:, :, None, None, None]
     states[:, PREDICTION] = convert[:, 0] * states[:, SAMPLE] + convert[:, 1] * outputs
-    # Elementwise sums, never a matrix product: a row's result must not depend on its neighbours,
-    # and a BLAS may add in another order at another batch size.
-    corrected = correct[:, SAMPLE] * states[:, SAMPLE]
-    following = onward[:, SAMPLE] * states[:, SAMPLE]
-    for term in range(LAST, NUM_TERMS):
-        corrected += correct[:, term] * states[:, term]
-        following += onward[:, term] * states[:, term]
+
+    # One small product per row, each of the same size whatever the batch: were it one product over
+    # all rows, a row's sum could be taken in another order when its neighbours change.
+    weights = np.array([(table.correct[step], table.advance[step]) for table, step in rows])
+    stacks = states.reshape(len(states), NUM_TERMS, -1)
+    corrected, following = np.moveaxis(np.matmul(weights.astype(states.dtype), stacks), 1, 0)
 
     states[:, PREDICTION + 1 : NOISE] = states[:, PREDICTION : NOISE - 1].copy()
-    states[:, LAST] = corrected
-    states[:, SAMPLE] = following
+    states[:, LAST] = corrected.reshape(outputs.shape)
+    states[:, SAMPLE] = following.reshape(outputs.shape)
     return states
 
 
@@ -107,8 +104,3 @@ def x0_weights(levels: NoiseLevels, prediction_type: str) -> Floats:
         "sample": (np.zeros_like(alpha), np.ones_like(alpha)),
     }
     return np.stack(weights[prediction_type], axis=1)
-
-
-def _column(rows: list[Floats], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """(N, K) weights shaped (N, K, 1, 1, 1), ready to multiply latents."""
-    return np.asarray(rows, dtype)[:, :, None, None, None]
