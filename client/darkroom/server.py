@@ -27,11 +27,13 @@ from tritonclient.utils import InferenceServerException
 
 from darkroom.client import Client
 from darkroom.exceptions import DarkroomError
+from darkroom.process import is_alive
 from darkroom.progress import Progress, silent_progress
 from darkroom.protocol import MODEL
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 30.0
+_PREFIX = "darkroom-"
 _SHM = Path("/dev/shm")  # noqa: S108  where Triton's Python backend keeps its shared memory
 
 
@@ -128,7 +130,8 @@ class Server:
         manifest = _read_manifest(self.repository)
         self._networks = list(manifest["networks"])
         self._min_size = int(manifest["limits"]["min_size"])
-        self._runtime = Path(tempfile.mkdtemp(prefix="darkroom-"))
+        _remove_leftovers()
+        self._runtime = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self._shm_prefix = f"{self._runtime.name}_"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -321,6 +324,16 @@ def _read_manifest(repository: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ServeError(f"{path}: malformed, {error!r}") from None
     return manifest
+
+
+def _remove_leftovers() -> None:
+    """Remove what servers left behind whose program was killed and could not clean up."""
+    for entry in (*Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"), *_SHM.glob(f"{_PREFIX}*")):
+        owner = entry.name.removeprefix(_PREFIX).partition("-")[0]
+        if not owner.isdecimal() or is_alive(int(owner)):
+            continue
+        with contextlib.suppress(OSError):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _check_ports(ports: Ports) -> None:

@@ -13,6 +13,7 @@ import torch
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from darkroom.process import is_alive
 from darkroom_export.errors import ExportError
 from darkroom_export.networks import MAX_BATCH_SIZE, NetworkSpec, TensorSpec
 
@@ -36,7 +37,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.partial-"
     for leftover in target.parent.glob(f"{prefix}*"):
-        if not _is_alive(int(leftover.name.removeprefix(prefix))):
+        if not is_alive(int(leftover.name.removeprefix(prefix))):
             shutil.rmtree(leftover)
     partial = target.parent / f"{prefix}{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -129,13 +130,3 @@ def _describe(entry: Any, tensor: TensorSpec) -> None:
 
 def _ignore_caches(_: str, names: list[str]) -> set[str]:
     return {name for name in names if name == "__pycache__"}
-
-
-def _is_alive(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
