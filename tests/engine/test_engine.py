@@ -236,7 +236,7 @@ def test_every_request_of_a_storm_is_answered_exactly_once(
 
 
 def test_more_steps_than_a_sampler_can_do_are_refused(harness: Harness) -> None:
-    with pytest.raises(InvalidRequest, match="sampler: 'lcm': 60 steps are too many.* 1 to 50"):
+    with pytest.raises(InvalidRequest, match=r"sampler: 'lcm': 60 steps are too many.* 1 to 50"):
         harness.ask(sampler="lcm", num_inference_steps=60)
 
 

@@ -3,5 +3,5 @@
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-CHECKPOINT = str(ROOT / "build" / "tiny")
-REPOSITORY = ROOT / "build" / "tiny-repo"
+CHECKPOINT = str(ROOT / "shapes" / "checkpoint")
+REPOSITORY = ROOT / "build" / "shapes"

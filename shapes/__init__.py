@@ -1,0 +1,1 @@
+"""A small latent diffusion model of coloured shapes: data, training, checkpoint, evaluation."""
