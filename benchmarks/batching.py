@@ -178,7 +178,7 @@ def _join(client: Client, trials: int, seed: int) -> list[Join]:
 def _send(client: Client, request: Request) -> tuple[Answer, Picture]:
     sent = time.monotonic()
     picture = client.generate(request.prompt, **request.options())
-    return Answer(sent, time.monotonic(), picture.timings), picture
+    return Answer(sent, time.monotonic(), picture.timings, picture.queue_steps), picture
 
 
 def _send_in_a_row(client: Client, requests: Sequence[Request]) -> tuple[Round, Pictures]:
@@ -212,7 +212,8 @@ def _join_result(joins: list[Join]) -> dict[str, Any]:
         "max_delay_steps": MAX_DELAY_STEPS,
         "trials": len(joins),
         "overlapping": sum(join.is_overlapping for join in joins),
-        "within": sum(delay <= MAX_DELAY_STEPS for delay in delays),
+        "max_queue_steps": max(join.short.queue_steps for join in joins),
+        "within": sum(join.short.queue_steps <= MAX_DELAY_STEPS for join in joins),
         "delay_steps": {**percentiles(delays), "max": round(max(delays), 3)},
         "step_ms": round(statistics.median(join.step_ms for join in joins), 3),
         "raw": [
@@ -257,8 +258,9 @@ def _join_report(join: dict[str, Any]) -> str:
         f"joining: a request of {SHORT_STEPS} steps arrives while one of {LONG_STEPS} runs; "
         f"{join['trials']} trials, {join['overlapping']} of them overlapping\n"
         f"its first step begins after p50 {delay['p50']:.2f}, p95 {delay['p95']:.2f}, "
-        f"max {delay['max']:.2f} steps of {join['step_ms']:.1f} ms; "
-        f"within {MAX_DELAY_STEPS} steps: {join['within']} of {join['trials']}"
+        f"max {delay['max']:.2f} times the {join['step_ms']:.1f} ms of a step;\n"
+        f"by count, at most {join['max_queue_steps']} steps of others began before it, "
+        f"within {MAX_DELAY_STEPS}: {join['within']} of {join['trials']}"
     )
 
 

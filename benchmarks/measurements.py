@@ -17,6 +17,8 @@ class Answer:
     answered_s: float
     timings: dict[str, float]
     """queue_ms, denoise_ms, decode_ms and total_ms, as the server measured them."""
+    queue_steps: int = 0
+    """Steps of others that began between the arrival and the first step, as the server counted."""
 
     @property
     def latency_ms(self) -> float:
@@ -27,6 +29,7 @@ class Answer:
         return {
             "sent_s": round(self.sent_s - start_s, 6),
             "answered_s": round(self.answered_s - start_s, 6),
+            "queue_steps": self.queue_steps,
             **self.timings,
         }
 
@@ -95,7 +98,7 @@ class Join:
 
     @property
     def delay_steps(self) -> float:
-        """How many steps of the running batch passed before the first step of the short one."""
+        """The short request's time in the queue, in steps of the running batch."""
         return self.short.timings["queue_ms"] / self.step_ms
 
 
