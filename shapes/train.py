@@ -35,7 +35,7 @@ from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from shapes.draw import IMAGE_SIZE, caption, combinations, draw, jitter, split
+from shapes.draw import IMAGE_SIZE, Combination, caption, combinations, draw, jitter, split
 
 VAE_ITERATIONS = 2600
 VAE_BATCH = 8
@@ -47,7 +47,7 @@ KL_WEIGHT = 1e-4
 JITTERS = 32
 """Drawings per training combination in the latent cache."""
 
-UNET_ITERATIONS = 3400
+UNET_ITERATIONS = 4800
 UNET_BATCH = 32
 CPU_WORKERS = 2
 UNET_LEARNING_RATE = 6e-4
@@ -57,6 +57,9 @@ MIN_SNR_GAMMA = 5.0
 DROPPED_PROMPTS = 0.1
 LAYOUT = range(1500, 2250)
 """Iterations that favour the noisiest timesteps, which decide what is where."""
+SMALL_WEIGHT = 2
+STAR_WEIGHT = 2
+"""How much more often small shapes, and stars, are shown after that: thin arms are learnt last."""
 
 WARMUP = 100
 SAVE_EVERY = 250
@@ -367,7 +370,7 @@ def new_batch(latents: Tensor, tokenizer: CLIPTokenizer, seed: int, iteration: i
     alphas_cumprod = DDPMScheduler(**noise_schedule()).alphas_cumprod
     count = len(alphas_cumprod)
     rng, generator = generators(seed, "unet", iteration)
-    rows = [rng.randrange(len(seen)) for _ in range(UNET_BATCH)]
+    rows = rng.choices(range(len(seen)), _shares(seen, iteration), k=UNET_BATCH)
     texts = ["" if rng.random() < DROPPED_PROMPTS else caption(seen[row], rng) for row in rows]
     clean = latents[rows, [rng.randrange(latents.shape[1]) for _ in rows]]
     noise = torch.randn(clean.shape, generator=generator)
@@ -381,6 +384,17 @@ def new_batch(latents: Tensor, tokenizer: CLIPTokenizer, seed: int, iteration: i
     signal = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
     return Batch(noisy, timesteps, tokenize(tokenizer, texts), noise, weights[timesteps])
+
+
+def _shares(seen: list[Combination], iteration: int) -> list[int]:
+    """How often each combination is shown, relative to the others."""
+    if iteration < LAYOUT.stop:
+        return [1] * len(seen)
+    return [
+        (SMALL_WEIGHT if combination.size == "small" else 1)
+        * (STAR_WEIGHT if combination.shape == "star" else 1)
+        for combination in seen
+    ]
 
 
 def differentiate(both: nn.ModuleDict, batch: Batch) -> tuple[float, tuple[Tensor, ...]]:
