@@ -2,6 +2,9 @@
 
 import platform
 from importlib import metadata
+from pathlib import Path
+
+import pytest
 
 REPORTED = ("numpy", "torch", "diffusers", "transformers", "onnxruntime", "tritonclient")
 
@@ -14,3 +17,10 @@ def pytest_report_header() -> str:
         except metadata.PackageNotFoundError:
             versions.append(f"no {package}")
     return ", ".join(versions)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import modules of tests that are all left out: PyTorch alone takes seconds."""
+    if "not torch" not in config.option.markexpr or collection_path.suffix != ".py":
+        return None
+    return "pytestmark = pytest.mark.torch" in collection_path.read_text() or None

@@ -7,10 +7,11 @@ import tritonclient.grpc.aio
 from tritonclient.utils import InferenceServerException
 
 from darkroom import protocol
-from darkroom.client import DEFAULT_TIMEOUT_S
-from darkroom.exceptions import from_status
+from darkroom.client import DEFAULT_TIMEOUT_S, READY_TIMEOUT_S
+from darkroom.exceptions import InvalidRequest, from_status
 from darkroom.picture import Picture
 from darkroom.protocol import Options
+from darkroom.transport import split_url
 
 
 class AsyncClient:
@@ -23,7 +24,10 @@ class AsyncClient:
         timeout: float = DEFAULT_TIMEOUT_S,
         model: str = protocol.MODEL,
     ) -> None:
-        self._client = tritonclient.grpc.aio.InferenceServerClient(url.removeprefix("grpc://"))
+        scheme, address = split_url(url)
+        if scheme != "grpc":
+            raise InvalidRequest(f"url: {url!r} is not host:port or grpc://host:port")
+        self._client = tritonclient.grpc.aio.InferenceServerClient(address)
         self._timeout = timeout
         self._model = model
 
@@ -51,8 +55,9 @@ class AsyncClient:
 
     async def is_ready(self) -> bool:
         """Whether the server answers and has the model loaded."""
+        timeout = min(self._timeout, READY_TIMEOUT_S)
         try:
-            return bool(await self._client.is_model_ready(self._model))
+            return bool(await self._client.is_model_ready(self._model, client_timeout=timeout))
         except InferenceServerException:
             return False
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from darkroom import __version__
 from darkroom.client import Client
 from darkroom.exceptions import DarkroomError
@@ -101,8 +103,13 @@ def _add_random_checkpoint(commands: Any) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     # Refused before the work, not after it.
-    if not options.output.parent.is_dir():
-        raise DarkroomError(f"{options.output.parent}: no such folder to save the picture in")
+    output: Path = options.output
+    if not output.parent.is_dir():
+        raise DarkroomError(f"{output.parent}: no such folder to save the picture in")
+    if output.is_dir():
+        raise DarkroomError(f"{output}: is a folder, not a file to save the picture in")
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise DarkroomError(f"{output}: no picture format has the suffix {output.suffix!r}")
     with Client(options.url) as client, terminal_progress("generating"):
         picture = client.generate(
             options.prompt,
@@ -117,14 +124,14 @@ def _generate(options: argparse.Namespace) -> int:
         )
     for note in picture.notes:
         print(f"note: {note}", file=sys.stderr)
-    if options.output.suffix == ".png":
-        # As it came, with the provenance that the server wrote into it.
-        options.output.write_bytes(picture.encoded)
-    else:
-        try:
-            picture.save(options.output)
-        except (OSError, ValueError) as error:
-            raise DarkroomError(f"{options.output}: {error}") from None
+    try:
+        if output.suffix.lower() == ".png":
+            # As it came, with the provenance that the server wrote into it.
+            output.write_bytes(picture.encoded)
+        else:
+            picture.save(output)
+    except (OSError, ValueError) as error:
+        raise DarkroomError(f"{output}: {error}") from None
     print(f"{options.output}: {picture.width}x{picture.height}, seed {picture.seed}")
     return 0
 

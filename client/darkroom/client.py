@@ -12,6 +12,7 @@ from darkroom.protocol import Options
 from darkroom.transport import open_transport
 
 DEFAULT_TIMEOUT_S = 600.0
+READY_TIMEOUT_S = 10.0
 
 
 class Client:
@@ -81,7 +82,7 @@ class Client:
 
     def is_ready(self) -> bool:
         """Whether the server answers and has the model loaded."""
-        return self._transport.is_ready(self._model)
+        return self._transport.is_ready(self._model, min(self._timeout, READY_TIMEOUT_S))
 
     def close(self) -> None:
         self._transport.close()

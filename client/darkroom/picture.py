@@ -39,3 +39,16 @@ class Picture(Image.Image):
         picture.notes = info["notes"]
         picture.encoded = encoded
         return picture
+
+    # PIL's own would drop what a picture knows beside its pixels.
+    def __getstate__(self) -> list[Any]:
+        return [*super().__getstate__(), {name: getattr(self, name) for name in _FACTS}]
+
+    def __setstate__(self, state: list[Any]) -> None:
+        *pixels, facts = state
+        super().__setstate__(pixels)
+        for name in _FACTS:
+            setattr(self, name, facts[name])
+
+
+_FACTS = ("seed", "timings", "queue_steps", "model", "notes", "encoded")

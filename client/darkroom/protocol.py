@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import struct
 from types import ModuleType
 from typing import Any, TypedDict
 
@@ -59,10 +60,13 @@ def fields(prompt: str, num_images_per_prompt: int | None, options: Options) -> 
 
     Raises:
         TypeError: there is no such option.
+        InvalidRequest: an output format that is not a picture's.
     """
     unknown = sorted(set(options) - set(_INPUTS))
     if unknown:
         raise TypeError(f"{unknown[0]!r} is not an option, there are {', '.join(_INPUTS)}")
+    if options.get("output_format") == "b64_png":
+        raise InvalidRequest("output_format: 'b64_png' is for JSON endpoints, use png")
     given = {"num_images_per_prompt": num_images_per_prompt, **options}
     chosen = {name: value for name, value in given.items() if value is not None}
     chosen.setdefault("seed", secrets.randbits(32))
@@ -98,25 +102,36 @@ def parse(result: Any) -> list[Picture]:
         encoded = result.as_numpy("image")
         seeds = result.as_numpy("seed")
         info = json.loads(result.as_numpy("info")[0])
-        return [
+        pictures = [
             Picture.from_bytes(data, int(seed), info)
             for data, seed in zip(encoded, seeds, strict=True)
         ]
-    except (TypeError, ValueError, KeyError, OSError) as error:
+        if not pictures:
+            raise ValueError("no picture")
+    except (TypeError, ValueError, LookupError, OSError, struct.error) as error:
         raise ServerError(f"the server's answer cannot be read: {error!r}") from error
+    return pictures
 
 
 def _array(name: str, value: Any, dtype: Any) -> np.ndarray[Any, Any]:
     if dtype is np.object_:
         if not isinstance(value, str):
             raise InvalidRequest(f"{name}: {value!r} is not a text")
-        return np.array([value.encode()], np.object_)
+        try:
+            return np.array([value.encode()], np.object_)
+        except UnicodeEncodeError:  # half of a surrogate pair
+            raise InvalidRequest(f"{name}: {value!r} is not a text") from None
+    is_whole = np.issubdtype(dtype, np.integer)
     try:
-        array = np.array([value], dtype)
-    except (TypeError, ValueError, OverflowError):
-        array = None
-    # numpy rounds a fraction to a whole number without a word.
-    if array is None or (np.issubdtype(dtype, np.integer) and array[0] != value):
-        expected = "a number" if np.issubdtype(dtype, np.floating) else f"a whole {dtype.__name__}"
+        number = int(value) if is_whole else float(value)
+        # What numpy would round, wrap around or read out of a text is not what was asked for.
+        fits = not isinstance(value, str) and (not is_whole or number == value)
+        with np.errstate(over="raise"):
+            array = np.array([number], np.int64 if is_whole else np.float64).astype(dtype)
+        fits = fits and (not is_whole or array[0] == number)
+    except (TypeError, ValueError, OverflowError, FloatingPointError):
+        fits = False
+    if not fits:
+        expected = f"a whole {dtype.__name__}" if is_whole else "a number"
         raise InvalidRequest(f"{name}: {value!r} is not {expected}")
     return array

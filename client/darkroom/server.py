@@ -321,6 +321,8 @@ def _read_manifest(repository: Path) -> dict[str, Any]:
             f"{path} is missing: {repository} is no exported repository; "
             "darkroom export CHECKPOINT REPOSITORY makes one"
         ) from None
+    except OSError as error:
+        raise ServeError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ServeError(f"{path}: malformed, {error!r}") from None
     return manifest

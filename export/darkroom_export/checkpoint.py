@@ -8,12 +8,15 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 
 from darkroom_export.errors import ExportError
 from darkroom_export.quiet import quieten
 
 FAMILIES = {"StableDiffusionPipeline": "sd1"}
 """Supported pipeline classes of diffusers, and the family each belongs to."""
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,11 @@ class Checkpoint:
     pipeline: Any
 
 
-def find_checkpoint(source: str) -> CheckpointFiles:
+def find_checkpoint(source: str, config: str | None = None) -> CheckpointFiles:
     """Find a diffusers folder, a single .safetensors file, or a hub id, and hash it.
+
+    Args:
+        config: for a single file, what describes its architecture; a folder counts into the hash.
 
     Raises:
         ExportError: there is no such checkpoint, or it is of a family that is not supported.
@@ -46,7 +52,10 @@ def find_checkpoint(source: str) -> CheckpointFiles:
     if path.suffix == ".safetensors":
         if not path.is_file():
             raise ExportError(f"{path}: no such file")
-        return CheckpointFiles(source, path, _sha256([path]))
+        # The scheduler and the tokenizer come from the architecture's folder.
+        described = sorted(Path(config).rglob("*")) if config and Path(config).is_dir() else []
+        parts = [file for file in described if file.suffix in (".json", ".txt")]
+        return CheckpointFiles(source, path, _sha256([path, *parts]))
     folder = path if path.is_dir() else _download(source)
     _check_index(folder)
     parts = sorted(file for file in folder.rglob("*") if _is_part(file))
@@ -69,6 +78,10 @@ def load_checkpoint(files: CheckpointFiles, config: str | None = None) -> Checkp
     family = FAMILIES.get(type(pipeline).__name__)
     if family is None:
         raise ExportError(_unsupported(str(path), type(pipeline).__name__))
+    for name in ("text_encoder", "unet", "vae"):
+        missing = [key for key, t in getattr(pipeline, name).state_dict().items() if t.is_meta]
+        if missing:
+            raise ExportError(f"{path}: {name}: weights are missing: {', '.join(missing[:3])}")
     # Half-precision weights are exact in float32; what they should be served in is decided later.
     pipeline.to(torch.float32)
     pipeline.scheduler = _unipc(str(path), pipeline.scheduler)
@@ -76,11 +89,22 @@ def load_checkpoint(files: CheckpointFiles, config: str | None = None) -> Checkp
 
 
 def _load_folder(folder: Path) -> Any:
+    parts = {
+        name: _load_part(folder, name, kind)
+        for name, kind in (
+            ("text_encoder", transformers.CLIPTextModel),
+            ("unet", diffusers.UNet2DConditionModel),
+            ("vae", diffusers.AutoencoderKL),
+        )
+    }
+    tokenizer = folder / "tokenizer"
+    # transformers makes an empty tokenizer of a missing one.
+    if not any((tokenizer / file).is_file() for file in ("vocab.json", "tokenizer.json")):
+        raise ExportError(f"{tokenizer}: has neither vocab.json nor tokenizer.json")
     try:
-        # Pickles run code when they are read: weights are safetensors or nothing.
         return diffusers.StableDiffusionPipeline.from_pretrained(
             folder,
-            use_safetensors=True,
+            **parts,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
@@ -88,6 +112,25 @@ def _load_folder(folder: Path) -> Any:
         )
     except Exception as error:  # diffusers raises many kinds, all of them about this folder
         raise ExportError(f"{folder}: {_first_line(error)}") from error
+
+
+def _load_part(folder: Path, name: str, kind: Any) -> Any:
+    try:
+        # Pickles run code when they are read: weights are safetensors or nothing.
+        module, report = kind.from_pretrained(
+            folder,
+            subfolder=name,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # diffusers and transformers raise many kinds
+        raise ExportError(f"{folder / name}: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        # They would be random numbers.
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise ExportError(f"{folder / name}: weights are missing: {missing}")
+    return module
 
 
 def _load_single_file(path: Path, config: str | None) -> Any:
@@ -122,7 +165,7 @@ def _check_index(folder: Path) -> None:
         class_name = json.loads(index.read_text())["_class_name"]
     except FileNotFoundError:
         raise ExportError(f"{index}: missing, so {folder} is no diffusers folder") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{index}: malformed, {error!r}") from None
     if class_name not in FAMILIES:
         raise ExportError(_unsupported(str(index), class_name))
@@ -139,6 +182,12 @@ def _unipc(source: str, scheduler: Any) -> Any:
     for key in refused:
         if unipc.config[key]:
             raise ExportError(f"{source}: scheduler config {key} is not supported")
+    prediction_type = unipc.config.prediction_type
+    if prediction_type not in PREDICTION_TYPES:
+        raise ExportError(
+            f"{source}: scheduler config prediction_type {prediction_type!r} is not supported, "
+            f"there are {', '.join(PREDICTION_TYPES)}"
+        )
     return unipc
 
 

@@ -54,7 +54,7 @@ def export_checkpoint(
         ExportError: names the file and the reason; `target` is as it was before.
     """
     existing = _existing(target)
-    files = find_checkpoint(source)
+    files = find_checkpoint(source, config)
     identity = {"sha256": files.sha256, "precision": str(precision)}
     if existing is not None and not force:
         if existing.get("identity") == identity and _is_complete(target, existing):
@@ -68,7 +68,7 @@ def export_checkpoint(
         checkpoint = load_checkpoint(files, config)
     with repo.atomic_directory(target) as partial:
         manifest = _export_networks(checkpoint, partial, precision, progress)
-        manifest["name"] = target.name
+        manifest["name"] = target.resolve().name
         manifest["identity"] = identity
         repo.write_python_models(partial)
         repo.write_manifest(partial, manifest)
@@ -197,5 +197,7 @@ def _existing(target: Path) -> dict[str, Any] | None:
 def _is_complete(target: Path, manifest: dict[str, Any]) -> bool:
     networks = manifest.get("networks", {})
     return manifest.get("format") == MANIFEST_FORMAT and all(
-        (target / file).is_file() for record in networks.values() for file in record["files"]
+        (target / file).is_file() and repo.hash_files(target, [target / file])[file] == sha256
+        for record in networks.values()
+        for file, sha256 in record["files"].items()
     )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,12 +35,13 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     What stood at `target` stays until then. The folder lies beside it, so that a killed export
     leaves something that no server loads, and that the next export removes.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.partial-"
-    for leftover in target.parent.glob(f"{prefix}*"):
-        if not is_alive(int(leftover.name.removeprefix(prefix))):
-            shutil.rmtree(leftover)
-    partial = target.parent / f"{prefix}{os.getpid()}"
+    target = target.absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"{target}: {error.strerror}") from error
+    _remove_leftovers(target)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -51,6 +53,19 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed exports left beside `target`, and put back what they had moved away."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.(partial|replaced)-(\d+)")
+    for entry in list(target.parent.iterdir()):
+        match = name.fullmatch(entry.name)
+        if match is None or is_alive(int(match[2])):
+            continue
+        if match[1] == "replaced" and not target.exists():
+            entry.rename(target)
+        else:
+            shutil.rmtree(entry)
 
 
 def write_python_models(repository: Path) -> None:

@@ -146,7 +146,8 @@ def verify_loop(
     error = relative_error("the loop", latents.numpy(), reference.latents)
     picture_error = float(np.abs(picture - reference.picture).mean())
     tolerance, picture_tolerance = LOOP_TOLERANCE[precision], PICTURE_TOLERANCE[precision]
-    if error > tolerance or picture_error > picture_tolerance:
+    # Written so that an error that is not a number is refused too.
+    if not (error <= tolerance and picture_error <= picture_tolerance):
         raise ExportError(
             f"the loop over the {precision} networks differs from diffusers: latents by "
             f"{error:.2e} of their range (allowed {tolerance:.0e}), picture by "
@@ -181,8 +182,10 @@ def relative_error(name: str, actual: Array, expected: Array) -> float:
     """Largest difference, as a fraction of the largest expected value.
 
     Raises:
-        ExportError: `actual` holds something that is not a finite number.
+        ExportError: one of the two holds something that is not a finite number.
     """
+    if not np.isfinite(expected).all():
+        raise ExportError(f"{name}: PyTorch's output is not finite, the weights are broken")
     if not np.isfinite(actual).all():
         raise ExportError(f"{name}: output is not finite, the precision may be too low for it")
     return float(np.abs(actual - expected).max() / np.abs(expected).max())

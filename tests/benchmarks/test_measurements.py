@@ -32,8 +32,8 @@ def test_the_record_of_a_round_counts_from_its_start():
 
     assert record["wall_s"] == 1.0
     assert record["answers"] == [
-        {"sent_s": 0.0, "answered_s": 0.5, "queue_ms": 3.0},
-        {"sent_s": 0.25, "answered_s": 1.0},
+        {"sent_s": 0.0, "answered_s": 0.5, "queue_steps": 0, "queue_ms": 3.0},
+        {"sent_s": 0.25, "answered_s": 1.0, "queue_steps": 0},
     ]
 
 

@@ -44,10 +44,22 @@ def test_networks_that_never_come_fail_all_requests(
     harness = make_engine()
 
     # The first may come before or after the engine knows.
-    with pytest.raises(NetworkFailed, match="unet failed: not ready"):
+    with pytest.raises(NetworkFailed, match="unet failed: not ready within"):
         harness.ask().result(WAIT_S)
-    with pytest.raises(NetworkFailed, match="unet failed: not ready"):
+    with pytest.raises(NetworkFailed, match="unet failed: not ready within"):
         harness.ask()
+
+
+def test_close_does_not_wait_for_networks_that_never_come(
+    make_engine: Callable[..., Harness], networks: FakeNetworks
+) -> None:
+    networks.is_loading = True
+    harness = make_engine()
+    future = harness.ask()
+    harness.engine.close()
+
+    with pytest.raises(NetworkFailed, match="unet failed: not ready within"):
+        future.result(WAIT_S)
 
 
 def test_a_surprise_during_the_warm_up_fails_all_requests(

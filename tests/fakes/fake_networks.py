@@ -1,6 +1,8 @@
 """Networks that are formulas: every output depends on its own row alone, and on all of it."""
 
 import threading
+import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -29,11 +31,14 @@ class FakeNetworks:
         self.poison_token: int | None = None
         """Rows whose prompt holds this token come out as NaN."""
         self.is_missing = False
+        self.is_loading = False
         self.is_warm = False
 
-    def wait_until_ready(self, timeout_s: float) -> None:
-        if self.is_missing:
-            raise NetworkFailed("unet", f"not ready after {timeout_s:g} s")
+    def wait_until_ready(self, timeout_s: float, is_given_up: Callable[[], bool]) -> None:
+        while self.is_loading and not is_given_up():
+            time.sleep(0.001)
+        if self.is_missing or self.is_loading:
+            raise NetworkFailed("unet", f"not ready within {timeout_s:g} s")
 
     def encode(self, input_ids: np.ndarray) -> dict[str, np.ndarray]:
         self._maybe_fail("text_encoder")

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,10 @@ class TritonPythonModel:
         networks = TritonNetworks(pb_utils, args["model_name"], manifest)
         self._engine = Engine(manifest, networks, engine_config)
         self._watcher = CancelWatcher()
-        threading.Thread(target=_exit_with_parent, args=[os.getppid()], daemon=True).start()
+        self._is_finalized = threading.Event()
+        threading.Thread(
+            target=_exit_with_parent, args=[os.getppid(), self._is_finalized], daemon=True
+        ).start()
         self._engine.start()
         self._watcher.start()
 
@@ -54,6 +56,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         self._watcher.close()
         self._engine.close()
+        self._is_finalized.set()
 
     def _submit(self, request: pb_utils.InferenceRequest, responder: Responder) -> None:
         try:
@@ -143,14 +146,14 @@ class CancelWatcher:
                 self._changed.wait_for(lambda: self._is_closing, timeout=CANCEL_POLL_S)
 
 
-def _exit_with_parent(parent: int) -> None:
+def _exit_with_parent(parent: int, is_finalized: threading.Event) -> None:
     """End this process when the server's is gone.
 
     The stub looks for that itself, but then waits for a lock that a call to the dead server holds.
     """
-    while os.getppid() == parent:
-        time.sleep(PARENT_POLL_S)
-    os._exit(1)
+    while not is_finalized.wait(PARENT_POLL_S):
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def _success(result: JobResult) -> pb_utils.InferenceResponse:

@@ -196,7 +196,7 @@ class Engine:
     def _warm_up(self) -> None:
         """Run every network at every batch size from 1 to `warmup_rows`, at the smallest size."""
         networks, manifest = self._networks, self._manifest
-        networks.wait_until_ready(NETWORKS_TIMEOUT_S)
+        networks.wait_until_ready(NETWORKS_TIMEOUT_S, lambda: self._is_closing)
         conditioning = self._prompts.encode("")
         factor = manifest.vae_scale_factor
         shape = (

@@ -1,6 +1,7 @@
 """The seam to the networks: the only file that knows how they are run."""
 
 import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -20,8 +21,11 @@ class Networks(Protocol):
     `decode` may be called while another thread is in one of the other calls.
     """
 
-    def wait_until_ready(self, timeout_s: float) -> None:
-        """Return when all networks can be called; NetworkFailed names the one that cannot."""
+    def wait_until_ready(self, timeout_s: float, is_given_up: Callable[[], bool]) -> None:
+        """Return when all networks can be called; NetworkFailed names the one that cannot.
+
+        `is_given_up` is asked again and again, and ends the waiting at once.
+        """
 
     def encode(self, input_ids: NDArray[np.int64]) -> Conditioning:
         """Token ids (B, 77) to conditioning inputs of the UNet, each (B, ...)."""
@@ -43,14 +47,14 @@ class TritonNetworks:
         self._caller = caller
         self._manifest = manifest
 
-    def wait_until_ready(self, timeout_s: float) -> None:
+    def wait_until_ready(self, timeout_s: float, is_given_up: Callable[[], bool]) -> None:
         # Triton refuses BLS while the server starts, and while the calling model itself loads.
         # It tells nobody when that is over, so that there is nothing to do but to ask again.
         give_up_at = time.monotonic() + timeout_s
         for model in (*self._manifest.networks, self._caller):
             while not self._is_ready(model):
-                if time.monotonic() > give_up_at:
-                    raise NetworkFailed(model, f"not ready after {timeout_s:g} s")
+                if is_given_up() or time.monotonic() > give_up_at:
+                    raise NetworkFailed(model, f"not ready within {timeout_s:g} s")
                 time.sleep(0.05)
 
     def encode(self, input_ids: NDArray[np.int64]) -> Conditioning:

@@ -1,0 +1,302 @@
+"""The `darkroom` command: pictures, refusals in one line on stderr, and exit statuses."""
+
+import importlib.util
+import json
+import socket
+from importlib import metadata
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from fake_triton import INFO, FakeTriton, encode_picture, paint
+from missing_packages import run_without
+from PIL import Image
+
+from darkroom.cli import main
+
+has_torch = importlib.util.find_spec("torch") is not None
+needs_export = pytest.mark.skipif(not has_torch, reason="the export extra is not installed")
+
+RUN_MAIN = "from darkroom.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def generate(triton: FakeTriton, output: Path, *options: str) -> int:
+    return main(["generate", "a cat", "--url", triton.grpc_url, "-o", str(output), *options])
+
+
+def refusal(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a failed command says for itself."""
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("darkroom: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_generate_writes_the_png_as_the_server_sent_it(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = generate(triton, tmp_path / "cat.png", "--seed", "7")
+
+    assert status == 0
+    assert (tmp_path / "cat.png").read_bytes() == encode_picture(7)
+    assert capsys.readouterr().out == f"{tmp_path / 'cat.png'}: 16x8, seed 7\n"
+
+
+@pytest.mark.parametrize(("suffix", "kind"), [("jpg", "JPEG"), ("webp", "WEBP"), ("bmp", "BMP")])
+def test_generate_converts_to_what_the_suffix_says(
+    triton: FakeTriton, tmp_path: Path, suffix: str, kind: str
+) -> None:
+    status = generate(triton, tmp_path / f"cat.{suffix}", "--seed", "7")
+
+    assert status == 0
+    with Image.open(tmp_path / f"cat.{suffix}") as opened:
+        assert (opened.format, opened.size) == (kind, (16, 8))
+
+
+def test_generate_sends_its_options_and_nothing_else(triton: FakeTriton, tmp_path: Path) -> None:
+    numbers = ("--num-inference-steps", "4", "--guidance-scale", "1.5", "--seed", "0")
+    size = ("--width", "32", "--height", "24")
+    texts = ("--negative-prompt", "a dog", "--sampler", "unipc")
+    generate(triton, tmp_path / "cat.png", *numbers, *size, *texts)
+    generate(triton, tmp_path / "cat.png", "--seed", "1")
+
+    assert triton.requests == [
+        {
+            "prompt": "a cat",
+            "negative_prompt": "a dog",
+            "num_inference_steps": 4,
+            "guidance_scale": 1.5,
+            "seed": 0,
+            "width": 32,
+            "height": 24,
+            "sampler": "unipc",
+        },
+        {"prompt": "a cat", "seed": 1},
+    ]
+
+
+def test_generate_asks_over_http_too(triton: FakeTriton, tmp_path: Path) -> None:
+    output = tmp_path / "cat.png"
+
+    assert main(["generate", "a cat", "--url", triton.http_url, "-o", str(output)]) == 0
+    assert output.exists()
+
+
+def test_generate_tells_the_servers_notes(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    info = {**INFO, "notes": ["prompt: too long"]}
+    triton.answer = lambda fields: {
+        **paint(fields),
+        "info": np.array([json.dumps(info).encode()], object),
+    }
+    generate(triton, tmp_path / "cat.png")
+
+    assert "note: prompt: too long\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["cat.xyz", "cat", "no-such-folder/cat.png", "folder.png"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    status = generate(triton, tmp_path / name)
+
+    assert status == 1
+    assert str((tmp_path / name).parent) in refusal(capsys)
+    assert triton.requests == []
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, "width: 3 is out of range, allowed are 32 to 128"),
+        (grpc.StatusCode.UNAVAILABLE, "the queue is full: 9 pictures are waiting"),
+        (grpc.StatusCode.INTERNAL, "unet failed: out of memory"),
+    ],
+)
+def test_an_error_of_the_server_is_one_line(
+    triton: FakeTriton,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    code: grpc.StatusCode,
+    message: str,
+) -> None:
+    triton.failure = (code, message)
+    status = generate(triton, tmp_path / "cat.png")
+
+    assert status == 1
+    assert refusal(capsys) == f"darkroom: {message}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nobody_listening_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        url = f"127.0.0.1:{sock.getsockname()[1]}"
+        status = main(["generate", "a cat", "--url", url, "-o", str(tmp_path / "cat.png")])
+
+    assert status == 1
+    assert url in refusal(capsys)
+
+
+def test_a_malformed_address_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main(["generate", "a cat", "--url", "nowhere", "-o", str(tmp_path / "cat.png")])
+
+    assert status == 1
+    assert refusal(capsys).startswith("darkroom: url: 'nowhere' is not host:port")
+
+
+def test_the_timeout_is_kept(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    triton.gate.clear()
+    status = generate(triton, tmp_path / "cat.png", "--timeout", "0.2")
+
+    assert status == 1
+    assert "Deadline Exceeded" in refusal(capsys)
+
+
+def test_serving_what_is_no_repository_names_the_missing_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for repository in (tmp_path, tmp_path / "nowhere"):
+        assert main(["serve", str(repository)]) == 1
+        message = refusal(capsys)
+        assert f"{repository / 'manifest.json'} is missing" in message
+        assert "darkroom export CHECKPOINT REPOSITORY makes one" in message
+
+
+def test_serving_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+
+    assert main(["serve", str(file)]) == 1
+    assert str(file) in refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no JSON", "[]", "3", "{}", '{"networks": {}}', '{"networks": 3}', "\N{NULL}"],
+)
+def test_serving_a_malformed_manifest_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+
+    assert main(["serve", str(tmp_path)]) == 1
+    assert f"{tmp_path / 'manifest.json'}: malformed" in refusal(capsys)
+
+
+def test_serving_a_manifest_that_is_not_text_names_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_bytes(b"\xff\xfe\0")
+
+    assert main(["serve", str(tmp_path)]) == 1
+    assert f"{tmp_path / 'manifest.json'}: malformed" in refusal(capsys)
+
+
+def test_serve_without_its_extra_gives_the_pip_command(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"networks": {}, "limits": {"min_size": 32}}')
+    result = run_without({"pytriton"}, RUN_MAIN, "serve", str(tmp_path))
+
+    assert result.returncode == 1
+    assert "pip install 'darkroom[serve]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        (("export", "checkpoint", "repository"), "torch"),
+        (("export", "checkpoint", "repository"), "diffusers"),
+        (("export", "checkpoint", "repository"), "onnxruntime"),
+        (("random-checkpoint", "tiny-sd15", "folder"), "torch"),
+    ],
+)
+def test_exporting_without_the_extra_gives_the_pip_command(
+    command: tuple[str, ...], missing: str
+) -> None:
+    if missing != "torch" and not has_torch:
+        pytest.skip("the export extra is not installed")
+    result = run_without({missing}, RUN_MAIN, *command)
+
+    assert result.returncode == 1
+    assert f"this needs the package {missing}: pip install 'darkroom[export]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_http_without_its_extra_gives_the_pip_command() -> None:
+    result = run_without(
+        {"gevent", "geventhttpclient"}, RUN_MAIN, "generate", "a cat", "--url", "http://localhost:1"
+    )
+
+    assert result.returncode == 1
+    assert "pip install 'darkroom[http]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@needs_export
+@pytest.mark.torch
+def test_an_unknown_architecture_is_named_with_those_that_exist(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main(["random-checkpoint", "sd99", str(tmp_path / "sd99")])
+
+    assert status == 1
+    assert "'sd99' does not exist, there are sd15, tiny-sd15" in refusal(capsys)
+    assert not (tmp_path / "sd99").exists()
+
+
+@needs_export
+@pytest.mark.torch
+def test_exporting_an_unknown_pipeline_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    status = main(["export", str(tmp_path), str(tmp_path / "repository")])
+
+    assert status == 1
+    assert "FluxPipeline is not supported" in refusal(capsys)
+
+
+@needs_export
+@pytest.mark.torch
+def test_exporting_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["export", str(tmp_path / "nowhere"), str(tmp_path / "repository")])
+
+    assert status == 1
+    assert f"{tmp_path / 'nowhere'}: no such folder" in refusal(capsys)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"{metadata.version('darkroom')}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["develop"],
+        ["generate"],
+        ["generate", "a cat", "--seed", "one"],
+        ["export", "checkpoint", "repository", "--precision", "fp4"],
+        ["serve", "repository", "--response-cache", "much"],
+    ],
+)
+def test_misuse_shows_the_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: darkroom")

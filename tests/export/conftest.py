@@ -1,0 +1,74 @@
+"""A tiny checkpoint of the real classes, exported once in each precision and once as one file."""
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+collect_ignore_glob = [] if importlib.util.find_spec("torch") else ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.torch)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from darkroom_export.random_checkpoint import make_random_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-checkpoint"
+    make_random_checkpoint("tiny-sd15", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fp32(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from darkroom_export import export_checkpoint
+
+    target = tmp_path_factory.mktemp("fp32") / "repository"
+    assert export_checkpoint(str(checkpoint), target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def fp16(checkpoint: Path, fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fp32 repository, replaced by force."""
+    from darkroom_export import Precision, export_checkpoint
+
+    target = tmp_path_factory.mktemp("fp16") / "repository"
+    shutil.copytree(fp32, target)
+    (target / "left-behind.txt").write_text("of the old repository")
+    assert export_checkpoint(str(checkpoint), target, precision=Precision.FP16, force=True)
+    return target
+
+
+@pytest.fixture(scope="session")
+def single_file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as one file in the original layout."""
+    from ldm_layout import write_ldm_checkpoint
+
+    path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
+    write_ldm_checkpoint(checkpoint, path)
+    return path
+
+
+@pytest.fixture
+def broken(checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to break."""
+    folder = tmp_path / "broken"
+    shutil.copytree(checkpoint, folder)
+    return folder
+
+
+@pytest.fixture
+def edit() -> Callable[..., None]:
+    def edit(path: Path, **values: Any) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return edit

@@ -1,0 +1,424 @@
+"""Triton's face of the engine: requests in, one answer each out, whatever happens between."""
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import triton_python_backend_utils as pb_utils
+from engine_harness import WAIT_S, Harness
+from fake_networks import FakeNetworks
+from PIL import Image
+
+from darkroom_engine import EngineConfig, Manifest, NetworkFailed
+
+OUTPUTS = {"text_encoder": "last_hidden_state", "unet": "out_sample", "vae_decoder": "sample"}
+Arrays = dict[str, np.ndarray]
+
+
+class Face:
+    """The model, its networks, and a few words to talk with it."""
+
+    def __init__(self, model: Any, networks: FakeNetworks) -> None:
+        self.model = model
+        self.networks = networks
+
+    def send(self, prompt: str | None = "a cat", **fields: Any) -> pb_utils.ResponseSender:
+        request = make_request(prompt, **fields)
+        assert self.model.execute([request]) is None
+        return request.sender
+
+    def ask(self, prompt: str | None = "a cat", **fields: Any) -> pb_utils.InferenceResponse:
+        return self.send(prompt, **fields).response(WAIT_S)
+
+    def hold(self, **fields: Any) -> pb_utils.ResponseSender:
+        """A request that stays in its first step until the gate opens."""
+        self.ask()
+        self.networks.is_entered.clear()
+        self.networks.gate.clear()
+        sender = self.send("held", **fields)
+        assert self.networks.is_entered.wait(WAIT_S)
+        return sender
+
+
+DTYPES = {"seed": np.int64, "guidance_scale": np.float32, "strength": np.float32}
+
+
+def make_request(prompt: str | None = "a cat", **fields: Any) -> pb_utils.InferenceRequest:
+    tensors = []
+    for name, value in {"prompt": prompt, **fields}.items():
+        if value is None:
+            continue
+        if isinstance(value, np.ndarray):
+            array = value
+        elif isinstance(value, str | bytes):
+            raw = value.encode() if isinstance(value, str) else value
+            array = np.array([raw], np.object_)
+        else:
+            array = np.array([value], DTYPES.get(name, np.int32))
+        tensors.append(pb_utils.Tensor(name, array))
+    return pb_utils.InferenceRequest(inputs=tensors)
+
+
+def arrays_of(response: pb_utils.InferenceResponse) -> Arrays:
+    assert not response.has_error(), response.error().message()
+    return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+
+
+def error_of(response: pb_utils.InferenceResponse) -> tuple[int, str]:
+    assert response.has_error()
+    assert response.output_tensors() == []
+    return response.error().code(), response.error().message()
+
+
+@pytest.fixture
+def served(repository: Path, manifest_document: dict[str, Any]) -> Path:
+    """A repository whose networks have the names of their outputs right."""
+    networks = {
+        name: {**record, "outputs": [OUTPUTS[name]]}
+        for name, record in manifest_document["networks"].items()
+    }
+    text = json.dumps({**manifest_document, "networks": networks})
+    (repository / "manifest.json").write_text(text)
+    (repository / "stable_diffusion").mkdir()
+    return repository
+
+
+@pytest.fixture
+def networks(server: pb_utils.Server) -> FakeNetworks:
+    """Formulas behind the names of the networks."""
+    fake = FakeNetworks()
+
+    def encode(inputs: Arrays) -> Arrays:
+        return {"last_hidden_state": fake.encode(inputs["input_ids"])["encoder_hidden_states"]}
+
+    def denoise(inputs: Arrays) -> Arrays:
+        conditioning = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
+        timestep = inputs["timestep"][:, 0]
+        return {"out_sample": fake.denoise(inputs["sample"], timestep, conditioning)}
+
+    def decode(inputs: Arrays) -> Arrays:
+        return {"sample": fake.decode(inputs["latent_sample"])}
+
+    server.models |= {"text_encoder": encode, "unet": denoise, "vae_decoder": decode}
+    server.loaded.add("stable_diffusion")
+    return fake
+
+
+@pytest.fixture
+def arguments(
+    served: Path, engine_config: Any, as_triton_tells_it: Callable[[Any], str]
+) -> Callable[..., dict[str, str]]:
+    """What Triton hands to `initialize`, with some parameters of the config changed."""
+
+    def make(**parameters: object) -> dict[str, str]:
+        config = type(engine_config)()
+        config.CopyFrom(engine_config)
+        for key, value in parameters.items():
+            config.parameters[key].string_value = str(value)
+        return {
+            "model_config": as_triton_tells_it(config),
+            "model_name": "stable_diffusion",
+            "model_repository": str(served / "stable_diffusion"),
+            "model_version": "1",
+        }
+
+    return make
+
+
+@pytest.fixture
+def make_face(
+    load_model: Callable[[str], ModuleType],
+    arguments: Callable[..., dict[str, str]],
+    networks: FakeNetworks,
+) -> Iterator[Callable[..., Face]]:
+    models = []
+
+    def make(**parameters: object) -> Face:
+        model = load_model("stable_diffusion").TritonPythonModel()
+        model.initialize(arguments(**parameters))
+        models.append(model)
+        return Face(model, networks)
+
+    yield make
+    networks.gate.set()
+    for model in models:
+        model.finalize()
+
+
+@pytest.fixture
+def face(make_face: Callable[..., Face]) -> Face:
+    return make_face()
+
+
+def test_a_request_is_answered_with_picture_seed_and_info(face: Face) -> None:
+    arrays = arrays_of(face.ask(seed=7, num_inference_steps=4, width=64, height=32))
+
+    assert {name: array.shape for name, array in arrays.items()} == {
+        "image": (1,),
+        "seed": (1,),
+        "info": (1,),
+    }
+    assert (arrays["seed"].dtype, arrays["seed"][0]) == (np.int64, 7)
+    with Image.open(BytesIO(arrays["image"][0])) as picture:
+        assert (picture.format, picture.size) == ("PNG", (64, 32))
+    info = json.loads(arrays["info"][0])
+    assert (info["model"], info["num_inference_steps"], info["notes"]) == ("fake", 4, [])
+    assert set(info["timings"]) == {"queue_ms", "denoise_ms", "decode_ms", "total_ms"}
+
+
+def test_the_picture_is_the_engines_own(face: Face, served: Path) -> None:
+    fields = {"seed": 7, "num_inference_steps": 6, "negative_prompt": "a dog"}
+    harness = Harness(Manifest.load(served / "manifest.json"), FakeNetworks(), EngineConfig())
+    harness.engine.start()
+    expected = harness.picture("ein Bär ☃", **fields)
+    harness.engine.close()
+
+    assert arrays_of(face.ask("ein Bär ☃", **fields))["image"][0] == expected
+
+
+def test_several_pictures_have_consecutive_seeds(face: Face) -> None:
+    arrays = arrays_of(face.ask(seed=7, num_images_per_prompt=3))
+    alone = arrays_of(face.ask(seed=9))
+
+    assert arrays["seed"].tolist() == [7, 8, 9]
+    assert len(set(arrays["image"])) == 3
+    assert arrays["image"][2] == alone["image"][0]
+
+
+def test_a_seed_is_drawn_if_none_is_sent(face: Face) -> None:
+    seeds = {int(arrays_of(face.ask(num_inference_steps=1))["seed"][0]) for _ in range(3)}
+
+    assert len(seeds) > 1
+
+
+def test_requests_of_one_call_are_answered_each(face: Face) -> None:
+    requests = [make_request(seed=seed) for seed in (1, 2)] + [make_request(width=33)]
+    assert face.model.execute(requests) is None
+    first, second, failed = [request.sender.response(WAIT_S) for request in requests]
+
+    assert arrays_of(first)["seed"].tolist() == [1]
+    assert arrays_of(second)["seed"].tolist() == [2]
+    assert error_of(failed)[0] == pb_utils.TritonError.INVALID_ARG
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": None}, "prompt: missing; an empty text is allowed"),
+        ({"width": 33}, "width: 33 is out of range|width: 33 is not a multiple of 16"),
+        ({"seed": -1}, "seed: -1 is out of range, allowed are 0 to"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: nan is out of range"),
+        ({"negative_prompt": b"\xff"}, "negative_prompt: not UTF-8 text"),
+        ({"sampler": "magic"}, "sampler: 'magic' does not exist, there are unipc"),
+        ({"image": b"no picture"}, "image: 10 bytes that are no readable picture"),
+        ({"seed": np.array([1, 2], np.int64)}, r"seed: shape \[2\] is not \[1\]"),
+        ({"seed": np.zeros((0,), np.int64)}, r"seed: shape \[0\] is not \[1\]"),
+        ({"width": np.zeros((2, 3), np.int32)}, r"width: shape \[2, 3\] is not \[1\]"),
+        ({"prompt": np.array([b"a", b"b"], np.object_)}, r"prompt: shape \[2\] is not \[1\]"),
+    ],
+)
+def test_a_bad_field_is_an_invalid_argument(
+    face: Face, fields: dict[str, Any], message: str
+) -> None:
+    code, text = error_of(face.ask(**fields))
+
+    assert code == pb_utils.TritonError.INVALID_ARG
+    assert re.match(message, text)
+
+
+def test_a_full_queue_is_unavailable_at_once(make_face: Callable[..., Face]) -> None:
+    face = make_face(max_rows=2, max_queue_size=1)
+    face.hold()
+    face.send()
+    code, text = error_of(face.ask())
+
+    assert code == pb_utils.TritonError.UNAVAILABLE
+    assert text.startswith("the queue is full: 1 pictures are waiting, 1 may wait")
+
+
+def test_a_deadline_that_passed_is_cancelled_and_says_so(face: Face) -> None:
+    face.hold()
+    sender = face.send(timeout_ms=1)
+    threading.Event().wait(0.01)
+    face.networks.gate.set()
+
+    assert error_of(sender.response(WAIT_S)) == (
+        pb_utils.TritonError.CANCELLED,
+        "timeout_ms: 1 ran out",
+    )
+
+
+@pytest.mark.parametrize("network", OUTPUTS)
+def test_a_failed_network_is_internal_and_the_next_request_is_served(
+    face: Face, network: str
+) -> None:
+    expected = arrays_of(face.ask("fine", seed=1))["image"][0]
+    face.networks.fail_next[network] = RuntimeError("out of memory")
+
+    assert error_of(face.ask("unlucky")) == (
+        pb_utils.TritonError.INTERNAL,
+        f"{network} failed: out of memory",
+    )
+    assert arrays_of(face.ask("fine", seed=1))["image"][0] == expected
+
+
+def test_a_network_that_went_away_is_internal(face: Face, server: pb_utils.Server) -> None:
+    face.ask()
+    del server.models["unet"]
+    code, text = error_of(face.ask())
+
+    assert code == pb_utils.TritonError.INTERNAL
+    assert "Model 'unet' is not ready" in text
+
+
+def test_networks_that_fail_in_the_warm_up_are_internal_for_every_request(
+    make_face: Callable[..., Face], networks: FakeNetworks
+) -> None:
+    networks.fail_next["vae_decoder"] = NetworkFailed("vae_decoder", "no such file")
+    face = make_face()
+
+    for _ in range(2):
+        code, text = error_of(face.ask())
+        assert code == pb_utils.TritonError.INTERNAL
+        assert "vae_decoder failed: no such file" in text
+
+
+def test_requests_before_the_server_is_up_wait_for_it(
+    make_face: Callable[..., Face], server: pb_utils.Server
+) -> None:
+    server.is_starting = True
+    face = make_face()
+    sender = face.send(seed=7)
+    server.is_starting = False
+
+    assert arrays_of(sender.response(WAIT_S))["seed"].tolist() == [7]
+
+
+def test_a_client_that_leaves_is_noticed_while_the_engine_works(face: Face) -> None:
+    sender = face.hold(num_inference_steps=60)
+    neighbour = face.send("neighbour", seed=1)
+    sender.client_has_left = True
+    code, _ = error_of(sender.response(WAIT_S))
+    face.networks.gate.set()
+
+    assert code == pb_utils.TritonError.CANCELLED
+    assert arrays_of(neighbour.response(WAIT_S))["seed"].tolist() == [1]
+
+
+def test_a_client_that_left_frees_its_rows(make_face: Callable[..., Face]) -> None:
+    face = make_face(max_rows=2)
+    sender = face.hold(num_inference_steps=60)
+    waiting = face.send("next", seed=1, num_inference_steps=3)
+    sender.client_has_left = True
+    sender.response(WAIT_S)
+    face.networks.step_rows.clear()
+    face.networks.gate.set()
+    waiting.response(WAIT_S)
+
+    # The step that was running when the client left, and those of the next request.
+    assert len(face.networks.step_rows) <= 1 + 3
+
+
+def test_a_client_that_leaves_the_queue_is_noticed(make_face: Callable[..., Face]) -> None:
+    face = make_face(max_rows=2)
+    face.hold()
+    waiting = face.send()
+    waiting.client_has_left = True
+
+    assert error_of(waiting.response(WAIT_S))[0] == pb_utils.TritonError.CANCELLED
+
+
+def test_an_answered_request_is_not_asked_about_any_more(face: Face) -> None:
+    answered = face.send()
+    answered.response(WAIT_S)
+    held = face.hold()
+    # Two questions about the held one: a whole round of the watcher lies between.
+    for _ in range(2):
+        held.is_asked.clear()
+        assert held.is_asked.wait(WAIT_S)
+    answered.is_asked.clear()
+    held.is_asked.clear()
+
+    assert held.is_asked.wait(WAIT_S)
+    assert not answered.is_asked.is_set()
+
+
+def test_an_answered_request_is_never_asked_about(face: Face, server: pb_utils.Server) -> None:
+    """The watcher looks at these while their answers are being sent."""
+    for _ in range(10):
+        senders = [face.send(seed=n, num_inference_steps=n + 1) for n in range(8)]
+        for sender in senders:
+            sender.response(WAIT_S)
+
+    assert server.num_crashes == 0
+
+
+def test_finalize_answers_what_is_left(make_face: Callable[..., Face]) -> None:
+    face = make_face(max_rows=2)
+    running = face.hold(num_inference_steps=60)
+    waiting = face.send()
+    closing = threading.Thread(target=face.model.finalize)
+    closing.start()
+    # The engine is in a step, which it ends before it stops.
+    face.networks.gate.set()
+    closing.join(WAIT_S)
+
+    assert not closing.is_alive()
+    for sender in (running, waiting):
+        code, text = error_of(sender.response(WAIT_S))
+        assert (code, text) == (pb_utils.TritonError.INTERNAL, "the engine is stopping")
+
+
+def test_after_finalize_requests_are_refused(face: Face) -> None:
+    face.ask()
+    face.model.finalize()
+
+    assert error_of(face.ask()) == (pb_utils.TritonError.INTERNAL, "the engine is stopping")
+
+
+def test_an_idle_model_finalizes_at_once(face: Face) -> None:
+    face.ask()
+    face.model.finalize()
+
+    assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "cancel-watcher"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"max_rows": 1}, "max_rows: 1 is outside 2 to 1024"),
+        ({"max_rows": "many"}, "max_rows: 'many' is not a whole number"),
+        ({"max_row": 2}, "max_row: no such engine parameter"),
+        ({"max_rows": 64}, "max_rows: 64 is above the 63 that the unet takes"),
+    ],
+)
+@pytest.mark.usefixtures("networks")
+def test_a_bad_parameter_stops_the_start(
+    load_model: Callable[[str], ModuleType],
+    arguments: Callable[..., dict[str, str]],
+    parameters: dict[str, object],
+    message: str,
+) -> None:
+    model = load_model("stable_diffusion").TritonPythonModel()
+
+    with pytest.raises(ValueError, match=f"^{message}"):
+        model.initialize(arguments(**parameters))
+
+
+@pytest.mark.usefixtures("networks")
+def test_a_missing_manifest_stops_the_start(
+    load_model: Callable[[str], ModuleType], arguments: Callable[..., dict[str, str]], served: Path
+) -> None:
+    (served / "manifest.json").unlink()
+    module = load_model("stable_diffusion")
+
+    with pytest.raises(Exception, match=r"manifest\.json is missing: this is no exported"):
+        module.TritonPythonModel().initialize(arguments())
