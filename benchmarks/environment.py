@@ -34,7 +34,7 @@ def describe(server: Server) -> dict[str, Any]:
         "gpus": gpus(),
         # Other work on the machine spoils the numbers; this tells.
         "load_average": [round(load, 2) for load in os.getloadavg()],
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
             "tritonserver": server_version,
