@@ -267,6 +267,20 @@ def test_folders_with_a_similar_name_are_left_alone(target: Path) -> None:
     assert other.exists()
 
 
+def test_what_a_kill_between_the_two_renames_moved_away_is_put_back(target: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    moved = target.with_name(f".{target.name}.replaced-{process.pid}")
+    moved.mkdir(parents=True)
+    (moved / "manifest.json").write_text("the old one")
+
+    with pytest.raises(KeyboardInterrupt), atomic_directory(target):
+        raise KeyboardInterrupt
+
+    assert (target / "manifest.json").read_text() == "the old one"
+    assert not moved.exists()
+
+
 @pytest.mark.parametrize("name", ["[sd]", "a*b"])
 def test_leftovers_are_found_whatever_the_targets_name(target: Path, name: str) -> None:
     target = target.with_name(name)

@@ -33,7 +33,8 @@ class PromptEncoder:
             return self._cache[text]
         ids, _ = self._tokenizer.encode(text)
         outputs = self._networks.encode(ids[None])
-        conditioning = {name: np.ascontiguousarray(rows[0]) for name, rows in outputs.items()}
+        # Copies, because what is kept for long must not hold on to a response's shared memory.
+        conditioning = {name: np.array(rows[0]) for name, rows in outputs.items()}
         self._remember(text, conditioning)
         return conditioning
 
