@@ -129,6 +129,15 @@ def test_a_killed_serve_leaves_no_server_behind(repository: Path) -> None:
     )
 
 
+def test_the_serving_processes_hold_no_pytorch(server: Server, client: Client) -> None:
+    client.generate("a red circle", num_inference_steps=1)
+    processes = server_processes(server.ports)
+
+    assert len(processes) == 5
+    for process in processes:
+        assert "torch" not in Path(f"/proc/{process}/maps").read_text()
+
+
 def test_serve_says_what_it_cannot_do_in_one_line(repository: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
