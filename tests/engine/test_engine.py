@@ -180,10 +180,9 @@ def test_nan_is_an_error_that_names_the_step_and_hits_its_own_request_only(
 ) -> None:
     expected = harness.picture("a cat", num_inference_steps=9)
     harness.networks.poison_token = int(harness.networks.encoded[-1][0, 1])  # the first of "a cat"
-    poison = "".join(reversed("a"))
     harness.networks.gate.clear()
     healthy = harness.ask("a cat", num_inference_steps=9)  # embeddings from before the poison
-    poisoned = harness.ask(f"{poison} dog", num_inference_steps=5)
+    poisoned = harness.ask("a dog", num_inference_steps=5)
     harness.networks.gate.set()
 
     with pytest.raises(NetworkFailed, match="unet failed: output is not finite at step 1 of 5"):
