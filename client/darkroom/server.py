@@ -151,10 +151,6 @@ class Server:
     def log(self) -> Path:
         return self._runtime / "tritonserver.log"
 
-    @property
-    def process_id(self) -> int | None:
-        return self._process.pid if self._process else None
-
     def start(self, timeout: float = START_TIMEOUT_S) -> None:
         """Start the server and return when it has made a probe picture.
 

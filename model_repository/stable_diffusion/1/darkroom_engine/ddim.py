@@ -1,18 +1,20 @@
 """DDIM (Song et al. 2020, arXiv:2010.02502) as a coefficient table."""
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from darkroom_engine.schedule import NoiseSchedule
-from darkroom_engine.solver import NOISE, NUM_TERMS, PREDICTION, SAMPLE, SolverTable, x0_weights
+from darkroom_engine.solver import (
+    NUM_TERMS,
+    PREDICTION,
+    SAMPLE,
+    SolverTable,
+    uncorrected,
+    x0_weights,
+)
 
 
-@dataclass(frozen=True)
 class DDIM:
-    """Equation 12 of the paper; `eta` 0 is deterministic, 1 is DDPM. diffusers: DDIMScheduler."""
-
-    eta: float = 0.0
+    """Equation 12 of the paper, deterministic. diffusers: DDIMScheduler with eta 0."""
 
     def table(self, schedule: NoiseSchedule, num_inference_steps: int) -> SolverTable:
         timesteps = schedule.one_step_timesteps(num_inference_steps).round()
@@ -26,20 +28,13 @@ class DDIM:
         alpha, sigma = levels.alpha[:-1], levels.sigma[:-1]
         end_alpha = 1 / np.sqrt(ends**2 + 1)
         end_sigma = ends * end_alpha
-        # Equation 16.
-        noise = self.eta * end_sigma / sigma * np.sqrt(np.maximum(1 - (alpha / end_alpha) ** 2, 0))
-        direction = np.sqrt(end_sigma**2 - noise**2)
-        correct = np.zeros((levels.num_steps, NUM_TERMS))
-        correct[:, SAMPLE] = 1
         advance = np.zeros((levels.num_steps, NUM_TERMS))
         # eps = (x_t - alpha x_0) / sigma
-        advance[:, SAMPLE] = direction / sigma
-        advance[:, PREDICTION] = end_alpha - direction * alpha / sigma
-        advance[:, NOISE] = noise
+        advance[:, SAMPLE] = end_sigma / sigma
+        advance[:, PREDICTION] = end_alpha - end_sigma * alpha / sigma
         return SolverTable(
             timesteps=timesteps,
             convert=x0_weights(levels, schedule.prediction_type),
-            correct=correct,
+            correct=uncorrected(levels.num_steps),
             advance=advance,
-            is_stochastic=self.eta > 0,
         )

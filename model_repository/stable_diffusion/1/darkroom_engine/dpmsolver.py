@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from darkroom_engine.schedule import NoiseSchedule
-from darkroom_engine.solver import NOISE, NUM_TERMS, PREDICTION, SAMPLE, SolverTable, x0_weights
+from darkroom_engine.solver import (
+    NOISE,
+    NUM_TERMS,
+    PREDICTION,
+    SAMPLE,
+    SolverTable,
+    uncorrected,
+    x0_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,6 @@ class DPMSolver2M:
         )
         alpha, sigma, lam = levels.alpha, levels.sigma, levels.log_snr
         num_steps = levels.num_steps
-        correct = np.zeros((num_steps, NUM_TERMS))
-        correct[:, SAMPLE] = 1
         advance = np.zeros((num_steps, NUM_TERMS))
         for s in range(num_steps):
             t = s + 1
@@ -49,7 +55,7 @@ class DPMSolver2M:
         return SolverTable(
             timesteps=levels.timesteps,
             convert=x0_weights(levels, schedule.prediction_type),
-            correct=correct,
+            correct=uncorrected(num_steps),
             advance=advance,
             is_stochastic=self.is_sde,
         )

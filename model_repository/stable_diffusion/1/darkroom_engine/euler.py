@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from darkroom_engine.schedule import NoiseSchedule
-from darkroom_engine.solver import NOISE, NUM_TERMS, PREDICTION, SAMPLE, SolverTable, x0_weights
+from darkroom_engine.solver import (
+    NOISE,
+    NUM_TERMS,
+    PREDICTION,
+    SAMPLE,
+    SolverTable,
+    uncorrected,
+    x0_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,6 @@ class Euler:
             down = np.sqrt(end**2 - up**2)
         else:
             up, down = np.zeros_like(end), end
-        correct = np.zeros((levels.num_steps, NUM_TERMS))
-        correct[:, SAMPLE] = 1
         advance = np.zeros((levels.num_steps, NUM_TERMS))
         advance[:, SAMPLE] = alpha[1:] / alpha[:-1] * down / start
         advance[:, PREDICTION] = alpha[1:] * (1 - down / start)
@@ -42,7 +48,7 @@ class Euler:
         return SolverTable(
             timesteps=levels.timesteps,
             convert=x0_weights(levels, schedule.prediction_type),
-            correct=correct,
+            correct=uncorrected(levels.num_steps),
             advance=advance,
             initial_scale=float(initial * alpha[0]),
             is_stochastic=self.is_ancestral,

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from darkroom_engine.schedule import NoiseSchedule
-from darkroom_engine.solver import NOISE, NUM_TERMS, PREDICTION, SAMPLE, SolverTable, x0_weights
+from darkroom_engine.solver import (
+    NOISE,
+    NUM_TERMS,
+    PREDICTION,
+    SAMPLE,
+    SolverTable,
+    uncorrected,
+    x0_weights,
+)
 
 _SIGMA_DATA = 0.5
 _TIMESTEP_SCALING = 10.0
@@ -35,8 +43,6 @@ class LCM:
         scaled = levels.timesteps * _TIMESTEP_SCALING
         skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)
         out = scaled / np.sqrt(scaled**2 + _SIGMA_DATA**2)
-        correct = np.zeros((levels.num_steps, NUM_TERMS))
-        correct[:, SAMPLE] = 1
         advance = np.zeros((levels.num_steps, NUM_TERMS))
         advance[:, SAMPLE] = levels.alpha[1:] * skip
         advance[:, PREDICTION] = levels.alpha[1:] * out
@@ -45,7 +51,7 @@ class LCM:
         return SolverTable(
             timesteps=levels.timesteps,
             convert=x0_weights(levels, schedule.prediction_type),
-            correct=correct,
+            correct=uncorrected(levels.num_steps),
             advance=advance,
             is_stochastic=True,
         )

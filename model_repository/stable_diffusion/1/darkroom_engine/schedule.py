@@ -100,15 +100,12 @@ class NoiseSchedule:
             final = visited[-1] if use_karras_sigmas else ratios[0]
         else:
             raise ValueError(f"final_sigmas_type: {final_sigmas_type!r} is not zero or sigma_min")
-        # Rounded to float32 for the same reason as train_sigmas.
-        visited = np.append(visited, final).astype(np.float32).astype(np.float64)
-        return NoiseLevels(timesteps=timesteps.astype(np.float64), ratios=visited)
+        return _noise_levels(timesteps, visited, final)
 
-    def levels_at(self, timesteps: Floats, *, final: float = 0.0) -> NoiseLevels:
-        """The noise levels of given timesteps, descending, and the ratio `final` at the end."""
+    def levels_at(self, timesteps: Floats) -> NoiseLevels:
+        """The noise levels of given timesteps, descending, and an end free of noise."""
         visited = np.interp(timesteps, np.arange(len(self.train_sigmas)), self.train_sigmas)
-        ratios = np.append(visited, final).astype(np.float32).astype(np.float64)
-        return NoiseLevels(timesteps=timesteps, ratios=ratios)
+        return _noise_levels(timesteps, visited, 0.0)
 
     def one_step_timesteps(self, num_inference_steps: int) -> Floats:
         """The timesteps of a one-step solver such as Euler or DDIM, descending, not rounded.
@@ -131,3 +128,9 @@ class NoiseSchedule:
             stride = total // (count + 1)
             return (np.arange(count, 0, -1) * stride + self.steps_offset).astype(np.float64)
         return np.arange(total, 0, -total / count).round()[:count] - 1
+
+
+def _noise_levels(timesteps: Floats, visited: Floats, final: float) -> NoiseLevels:
+    # Rounded to float32 for the same reason as train_sigmas.
+    ratios = np.append(visited, final).astype(np.float32).astype(np.float64)
+    return NoiseLevels(timesteps=timesteps.astype(np.float64), ratios=ratios)

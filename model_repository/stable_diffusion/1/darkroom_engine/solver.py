@@ -94,6 +94,13 @@ def advance(
     return states
 
 
+def uncorrected(num_steps: int) -> Floats:
+    """`SolverTable.correct` of a solver without a corrector: x_t as it is."""
+    correct = np.zeros((num_steps, NUM_TERMS))
+    correct[:, SAMPLE] = 1
+    return correct
+
+
 def x0_weights(levels: NoiseLevels, prediction_type: str) -> Floats:
     """(S, 2) weights of (x_t, UNet output) in the x_0 that the output predicts."""
     alpha, sigma = levels.alpha[:-1], levels.sigma[:-1]
