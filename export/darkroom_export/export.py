@@ -16,6 +16,7 @@ from darkroom_export.networks import (
     vae_scale_factor,
 )
 from darkroom_export.precision import Precision
+from darkroom_export.preview import fit_preview
 from darkroom_export.to_onnx import export_onnx
 from darkroom_export.verify import (
     Reference,
@@ -25,7 +26,7 @@ from darkroom_export.verify import (
     verify_network,
 )
 
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
 SEED = 20
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
@@ -48,7 +49,8 @@ def export_checkpoint(
 
     Returns:
         False if `target` was made from the same checkpoint before: then its networks are kept, and
-        only the engine is brought up to date.
+        only the Python models are brought up to date. An older manifest format, which this
+        engine cannot serve, is no such repository: it is exported again.
 
     Raises:
         ExportError: names the file and the reason; `target` is as it was before.
@@ -57,20 +59,22 @@ def export_checkpoint(
     files = find_checkpoint(source, config)
     identity = {"sha256": files.sha256, "precision": str(precision)}
     if existing is not None and not force:
-        if existing.get("identity") == identity and _is_complete(target, existing):
-            repo.write_python_models(target)
+        is_same = existing.get("identity") == identity
+        if is_same and _is_complete(target, existing):
+            repo.write_python_models(target, existing["networks"])
             return False
-        raise ExportError(
-            f"{target}: holds {existing.get('name')} in {existing.get('precision')}, made from "
-            "another checkpoint or in another precision, or is damaged; --force replaces it"
-        )
+        if not (is_same and _is_outdated(existing)):
+            raise ExportError(
+                f"{target}: holds {existing.get('name')} in {existing.get('precision')}, made from "
+                "another checkpoint or in another precision, or is damaged; --force replaces it"
+            )
     with progress("loading the checkpoint"):
         checkpoint = load_checkpoint(files, config)
     with repo.atomic_directory(target) as partial:
         manifest = _export_networks(checkpoint, partial, precision, progress)
         manifest["name"] = target.resolve().name
         manifest["identity"] = identity
-        repo.write_python_models(partial)
+        repo.write_python_models(partial, manifest["networks"])
         repo.write_manifest(partial, manifest)
     return True
 
@@ -88,6 +92,8 @@ def _export_networks(
         references: dict[str, Reference] = {
             spec.name: network_reference(spec, pipeline, SEED + 1) for spec in specs
         }
+    with progress("fitting the colours of the latents, for previews"):
+        manifest["preview"] = fit_preview(pipeline.vae, vae_scale_factor(pipeline), SEED + 2)
     scheduler, scaling_factor = pipeline.scheduler, float(pipeline.vae.config.scaling_factor)
 
     paths: dict[str, Path] = {}
@@ -162,6 +168,8 @@ def _describe(checkpoint: Checkpoint, precision: Precision) -> dict[str, Any]:
             "max_num_inference_steps": 150,
             "max_guidance_scale": 50.0,
             "max_num_images_per_prompt": 16,
+            # At least one layer reads the prompt.
+            "max_clip_skip": pipeline.text_encoder.config.num_hidden_layers - 1,
         },
         "networks": {},
         "versions": {tool: metadata.version(tool) for tool in ("darkroom", *_TOOLS)},
@@ -192,6 +200,11 @@ def _existing(target: Path) -> dict[str, Any] | None:
     if manifest is None and any(target.iterdir()):
         raise ExportError(f"{target}: is not empty, and no model repository of ours")
     return manifest
+
+
+def _is_outdated(manifest: dict[str, Any]) -> bool:
+    version = manifest.get("format")
+    return isinstance(version, int) and version < MANIFEST_FORMAT
 
 
 def _is_complete(target: Path, manifest: dict[str, Any]) -> bool:

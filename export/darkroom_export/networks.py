@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,6 +25,17 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+class InputShape(NamedTuple):
+    """The dynamic sizes of one call."""
+
+    batch: int
+    height: int
+    width: int
+    """Of the latents."""
+    chunks: int = 1
+    """How many times the text encoder's length the prompt is long."""
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """A network to export: its module, its tensors, and how far ONNX may be from PyTorch."""
@@ -33,10 +44,10 @@ class NetworkSpec:
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    example: Callable[[torch.Generator, int, int, int], tuple[torch.Tensor, ...]]
-    """(generator, batch, height, width) to random inputs; height and width are of the latents."""
+    example: Callable[[torch.Generator, InputShape], tuple[torch.Tensor, ...]]
+    """Random inputs of the given shape."""
     tolerance: Mapping[Precision, float]
-    """Largest error, as a fraction of the largest output."""
+    """Largest error of each output, as a fraction of its largest value."""
 
 
 _TOLERANCE = {Precision.FP32: 1e-4, Precision.FP16: 1e-2}
@@ -51,31 +62,32 @@ def network_specs(pipeline: Any) -> tuple[NetworkSpec, ...]:
     length, hidden = text_config.max_position_embeddings, text_config.hidden_size
     vae_factor = vae_scale_factor(pipeline)
 
-    def token_ids(generator: torch.Generator, batch: int, *_: int) -> tuple[torch.Tensor, ...]:
-        shape = (batch, length)
-        return (torch.randint(0, text_config.vocab_size, shape, generator=generator),)
+    def token_ids(generator: torch.Generator, shape: InputShape) -> tuple[torch.Tensor, ...]:
+        size = (shape.batch, length)
+        return (torch.randint(0, text_config.vocab_size, size, generator=generator),)
 
-    def unet_inputs(
-        generator: torch.Generator, batch: int, height: int, width: int
-    ) -> tuple[torch.Tensor, ...]:
+    def unet_inputs(generator: torch.Generator, shape: InputShape) -> tuple[torch.Tensor, ...]:
         return (
-            torch.randn(batch, channels, height, width, generator=generator),
-            torch.rand(batch, generator=generator) * 999,
-            torch.randn(batch, length, hidden, generator=generator),
+            *latents(generator, shape),
+            torch.rand(shape.batch, generator=generator) * 999,
+            torch.randn(shape.batch, shape.chunks * length, hidden, generator=generator),
         )
 
-    def latents(
-        generator: torch.Generator, batch: int, height: int, width: int
-    ) -> tuple[torch.Tensor, ...]:
-        return (torch.randn(batch, channels, height, width, generator=generator),)
+    def latents(generator: torch.Generator, shape: InputShape) -> tuple[torch.Tensor, ...]:
+        size = (shape.batch, channels, shape.height, shape.width)
+        return (torch.randn(size, generator=generator),)
 
     float32 = torch.float32
+    num_layers = text_config.num_hidden_layers
     return (
         NetworkSpec(
             name="text_encoder",
             module=_TextEncoder(pipeline.text_encoder),
             inputs=(TensorSpec("input_ids", torch.int64, (length,)),),
-            outputs=(TensorSpec("last_hidden_state", float32, (length, hidden)),),
+            outputs=(
+                TensorSpec("last_hidden_state", float32, (length, hidden)),
+                TensorSpec("hidden_states", float32, (num_layers + 1, length, hidden)),
+            ),
             example=token_ids,
             tolerance=_TOLERANCE,
         ),
@@ -85,7 +97,7 @@ def network_specs(pipeline: Any) -> tuple[NetworkSpec, ...]:
             inputs=(
                 TensorSpec("sample", float32, (channels, height, width)),
                 TensorSpec("timestep", float32, ()),
-                TensorSpec("encoder_hidden_states", float32, (length, hidden)),
+                TensorSpec("encoder_hidden_states", float32, ("sequence", hidden)),
             ),
             outputs=(TensorSpec("out_sample", float32, (channels, height, width)),),
             example=unet_inputs,
@@ -115,13 +127,21 @@ def unet_size_factor(pipeline: Any) -> int:
 
 
 class _TextEncoder(nn.Module):
-    def __init__(self, text_encoder: nn.Module) -> None:
-        super().__init__()
-        self.text_encoder = text_encoder
+    """The last hidden state, and those of all layers through the final layer norm.
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.text_encoder(input_ids)[0]
-        return hidden.float()
+    Skipping the last n layers, as diffusers does, is taking layer -(n + 1) of the second.
+    """
+
+    def __init__(self, text_encoder: Any) -> None:
+        super().__init__()
+        self.text_encoder: Any = text_encoder
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.text_encoder(input_ids, output_hidden_states=True)
+        # transformers 5 gives up the layer between the two.
+        inner = getattr(self.text_encoder, "text_model", self.text_encoder)
+        layers = [inner.final_layer_norm(hidden) for hidden in output.hidden_states]
+        return output.last_hidden_state.float(), torch.stack(layers, dim=1).float()
 
 
 class _UNet(nn.Module):

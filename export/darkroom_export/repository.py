@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,20 +68,25 @@ def _remove_leftovers(target: Path) -> None:
             shutil.rmtree(entry)
 
 
-def write_python_models(repository: Path) -> None:
-    """Copy the engine into `repository`, replacing an older one."""
-    target = repository / "stable_diffusion"
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(templates() / "stable_diffusion", target, ignore=_ignore_caches)
+def write_python_models(repository: Path, networks: Iterable[str]) -> None:
+    """Copy the engine, its other faces and the networks' runner, replacing older ones."""
+    for config in sorted(templates().glob("*/config.pbtxt")):
+        target = repository / config.parent.name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(config.parent, target, ignore=_ignore_caches)
+        for file in (templates() / "wire").glob("*.py"):
+            shutil.copyfile(file, target / "1" / file.name)
+    for network in networks:
+        target = repository / network / "1"
+        shutil.copyfile(templates() / "onnx_network" / "1" / "model.py", target / "model.py")
 
 
 def write_network_model(repository: Path, spec: NetworkSpec) -> Path:
-    """Write config.pbtxt and model.py of a network; returns the path that its ONNX file takes."""
+    """Write the config.pbtxt of a network; returns the path that its ONNX file takes."""
     version = repository / spec.name / "1"
     version.mkdir(parents=True)
     config = text_format.MessageToString(network_config(spec))
     (repository / spec.name / "config.pbtxt").write_text(config)
-    shutil.copyfile(templates() / "onnx_network" / "1" / "model.py", version / "model.py")
     return version / "model.onnx"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.export import Dim
 
 from darkroom_export.errors import ExportError
-from darkroom_export.networks import MAX_BATCH_SIZE, NetworkSpec
+from darkroom_export.networks import MAX_BATCH_SIZE, InputShape, NetworkSpec
 from darkroom_export.precision import Precision
 
 MAX_EMBEDDED_BYTES = 1 << 30
@@ -25,7 +25,8 @@ def export_onnx(spec: NetworkSpec, precision: Precision, path: Path) -> list[Pat
         ExportError: PyTorch cannot export the network, or ONNX refuses the result.
     """
     module = spec.module.eval().to(precision.dtype)
-    example = spec.example(torch.Generator().manual_seed(0), 2, 16, 24)
+    # No two sizes are equal, so that none is taken for another.
+    example = spec.example(torch.Generator().manual_seed(0), InputShape(2, 16, 24, chunks=2))
     num_bytes = sum(tensor.nbytes for tensor in module.state_dict().values())
     is_external = num_bytes > MAX_EMBEDDED_BYTES
     try:

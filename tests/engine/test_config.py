@@ -24,10 +24,11 @@ def test_values_are_read_and_the_rest_is_default() -> None:
     ("values", "message"),
     [
         ({"max_rows": "1"}, "max_rows: 1 is outside 2 to 1024"),
+        ({"max_rows": "0"}, "max_rows: 0 is outside 2 to 1024"),
         ({"max_rows": "many"}, "max_rows: 'many' is not a whole number"),
         ({"max_queue_size": "0"}, "max_queue_size: 0 is outside 1 to 1000000"),
         ({"warmup_rows": "9", "max_rows": "4"}, "warmup_rows: 9 is above max_rows, which is 4"),
-        ({"max_rowz": "4"}, r"max_rowz: no such engine parameter; there are \['max_decode_rows'"),
+        ({"max_rowz": "4"}, r"max_rowz: no such engine parameter; there are .*'max_decode_rows'"),
     ],
 )
 def test_bad_values_are_refused(values: dict[str, str], message: str) -> None:

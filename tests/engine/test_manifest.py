@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_networks import FakeNetworks
 
@@ -67,8 +68,9 @@ def test_an_unverified_network_is_refused_by_name(
         (None, "is missing: this is no exported repository"),
         ("{", "is not JSON"),
         ("[]", "missing or malformed"),
-        ('{"format": 1}', "'name' is missing or malformed"),
-        ('{"format": 99}', "format 99, but this engine reads 1; export the checkpoint again"),
+        ('{"format": 2}', "'name' is missing or malformed"),
+        ('{"format": 1}', "format 1, but this engine reads 2; export the checkpoint again"),
+        ('{"format": 99}', "format 99, but this engine reads 2; export the checkpoint again"),
     ],
 )
 def test_an_unreadable_manifest_is_refused(
@@ -77,6 +79,42 @@ def test_an_unreadable_manifest_is_refused(
     path = tmp_path / "manifest.json"
     if content is not None:
         path.write_text(content)
+
+    with pytest.raises(ManifestError, match=message):
+        Manifest.load(path)
+
+
+def test_the_preview_is_read(repository: Path, manifest_document: dict[str, Any]) -> None:
+    manifest = Manifest.load(repository / "manifest.json")
+
+    preview = manifest_document["preview"]
+    assert np.allclose(manifest.preview_matrix, preview["matrix"])
+    assert np.allclose(manifest.preview_bias, preview["bias"])
+    assert manifest.preview_matrix.shape == (4, 3)
+    assert manifest.preview_matrix.dtype == manifest.preview_bias.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"matrix": [[1, 2, 3]] * 3},
+            r"preview: matrix is .* not finite numbers of shape \(4, 3\)",
+        ),
+        ({"matrix": [[1, 2]] * 4}, r"preview: matrix is .* not finite numbers of shape \(4, 3\)"),
+        ({"matrix": [[float("nan")] * 3] * 4}, "preview: matrix is .*nan"),
+        ({"matrix": [[1, 2, 3], [4]]}, "is missing or malformed"),
+        ({"matrix": "red"}, "is missing or malformed"),
+        ({"bias": [0, 0]}, r"preview: bias is \[0.0, 0.0\], not finite numbers of shape \(3,\)"),
+        ({"bias": None}, "preview: bias is nan, not finite|is missing or malformed"),
+    ],
+)
+def test_a_preview_of_something_else_is_refused(
+    repository: Path, manifest_document: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    preview = {**manifest_document["preview"], **changes}
+    path = repository / "manifest.json"
+    path.write_text(json.dumps({**manifest_document, "preview": preview}))
 
     with pytest.raises(ManifestError, match=message):
         Manifest.load(path)

@@ -4,6 +4,7 @@ import math
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import pytest
 from engine_harness import LIMITS
 from PIL import Image
@@ -41,10 +42,39 @@ def test_text_is_utf8() -> None:
     assert parse(prompt="ein Bär ☃".encode()).prompt == "ein Bär ☃"
 
 
-def test_guidance_above_one_takes_two_rows() -> None:
-    rows = [parse(guidance_scale=scale).num_rows for scale in (0.0, 1.0, 1.01, 7.5)]
+def test_guidance_above_one_is_on_at_every_step() -> None:
+    steps = [len(parse(guidance_scale=scale).guided_steps) for scale in (0.0, 1.0, 1.01, 7.5)]
 
-    assert rows == [1, 1, 2, 2]
+    assert steps == [0, 0, 25, 25]
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "expected"),
+    [
+        (0.0, 1.0, range(10)),
+        (0.2, 0.7, range(2, 7)),
+        # As they arrive: the nearest float32 lies below.
+        (float(np.float32(0.3)), float(np.float32(0.7)), range(3, 7)),
+        (0.25, 0.99, range(2, 9)),
+        (0.5, 0.5, range(5, 5)),
+        (1.0, 1.0, range(10, 10)),
+    ],
+)
+def test_guidance_is_on_from_start_to_stop(start: float, stop: float, expected: range) -> None:
+    request = parse(num_inference_steps=10, guidance_start=start, guidance_stop=stop)
+
+    assert request.guided_steps == expected
+
+
+def test_rare_fields_are_the_checkpoints_business_unless_given() -> None:
+    request = parse()
+
+    assert (request.eta, request.timestep_spacing) == (None, None)
+    assert (request.guidance_rescale, request.guidance_start, request.guidance_stop) == (0, 0, 1)
+    assert (request.clip_skip, request.max_embeddings_multiples) == (0, 1)
+    given = parse(eta=0.0, timestep_spacing=b"trailing", clip_skip=2, max_embeddings_multiples=4)
+    assert (given.eta, given.timestep_spacing) == (0.0, "trailing")
+    assert (given.clip_skip, given.max_embeddings_multiples) == (2, 4)
 
 
 def picture(size: tuple[int, int] = (8, 8)) -> bytes:
@@ -63,6 +93,17 @@ def picture(size: tuple[int, int] = (8, 8)) -> bytes:
         ({"guidance_scale": math.inf}, "guidance_scale: inf is out of range"),
         ({"guidance_scale": -1.0}, "guidance_scale: -1 is out of range"),
         ({"guidance_scale": b"7"}, "guidance_scale: b'7' is not a number"),
+        ({"guidance_rescale": 1.1}, "guidance_rescale: 1.1 is out of range, allowed are 0 to 1"),
+        ({"guidance_start": -0.1}, "guidance_start: -0.1 is out of range, allowed are 0 to 1"),
+        ({"guidance_stop": 1.1}, "guidance_stop: 1.1 is out of range, allowed are 0 to 1"),
+        ({"guidance_stop": 0.2, "guidance_start": 0.5}, "guidance_stop: 0.2 is out .* 0.5 to 1"),
+        ({"eta": math.nan}, "eta: nan is out of range, allowed are 0 to 1"),
+        (
+            {"timestep_spacing": b"karras"},
+            "timestep_spacing: 'karras' does not exist, there are lin",
+        ),
+        ({"clip_skip": 12}, "clip_skip: 12 is out of range, allowed are 0 to 11"),
+        ({"max_embeddings_multiples": 5}, "max_embeddings_multiples: 5 is out of range.* 1 to 4"),
         ({"seed": -1}, "seed: -1 is out of range, allowed are 0 to 9223372036854775807"),
         ({"seed": MAX_SEED + 1}, "seed: 9223372036854775808 is out of range"),
         ({"seed": MAX_SEED, "num_images_per_prompt": 2}, "seed: .* out of range.*775806"),
@@ -85,7 +126,7 @@ def picture(size: tuple[int, int] = (8, 8)) -> bytes:
         ({"image": 3}, "image: not the bytes of a picture"),
         ({"mask_image": b""}, "mask_image: 0 bytes that are no readable picture"),
         ({"image": picture()}, r"image: a starting picture .* needs a vae_encoder network"),
-        ({"cfg": 7.0}, "cfg: no such field; there are guidance_scale, height, image,"),
+        ({"cfg": 7.0}, "cfg: no such field; there are clip_skip, eta, guidance_rescale,"),
     ],
 )
 def test_bad_fields_are_named_with_value_and_range(fields: dict[str, Any], message: str) -> None:

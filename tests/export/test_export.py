@@ -20,6 +20,8 @@ from darkroom_export.checkpoint import find_checkpoint, load_checkpoint
 from darkroom_export.export import _describe
 
 NETWORKS = ("text_encoder", "unet", "vae_decoder")
+FACES = ("stable_diffusion", "stable_diffusion_cancel", "stable_diffusion_stream")
+TEMPLATES = Path(__file__).parents[2] / "model_repository"
 ORT_TYPES = {
     model_config_pb2.TYPE_FP32: "tensor(float)",
     model_config_pb2.TYPE_INT64: "tensor(int64)",
@@ -43,6 +45,15 @@ def session_of(repository: Path, network: str) -> onnxruntime.InferenceSession:
     )
 
 
+def template_files(model: str) -> dict[str, bytes]:
+    """What a Python model consists of in the sources, by path."""
+    return {
+        str(path.relative_to(TEMPLATES)): path.read_bytes()
+        for path in (TEMPLATES / model).rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__"
+    }
+
+
 def contents(repository: Path) -> dict[str, tuple[str, int]]:
     """Hash and time of every file."""
     return {
@@ -59,13 +70,13 @@ def test_the_repository_is_complete(repository: Path) -> None:
     files = {str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()}
 
     expected = {"manifest.json", "tokenizer/tokenizer.json"}
-    expected |= {"stable_diffusion/config.pbtxt", "stable_diffusion/1/model.py"}
+    for face in FACES:
+        expected |= set(template_files(face)) | {f"{face}/1/darkroom_wire.py"}
     for network in NETWORKS:
         expected.add(f"{network}/config.pbtxt")
         expected |= {f"{network}/1/{name}" for name in ("model.py", "model.onnx")}
-    engine = {file for file in files if file.startswith("stable_diffusion/1/darkroom_engine/")}
-    assert files - engine == expected
-    assert "stable_diffusion/1/darkroom_engine/engine.py" in engine
+    assert files == expected
+    assert "stable_diffusion/1/darkroom_engine/engine.py" in files
     assert not [file for file in files if "__pycache__" in file]
 
 
@@ -76,7 +87,7 @@ def test_nothing_is_left_beside_the_repository(repository: Path) -> None:
 def test_the_manifest_describes_the_checkpoint(fp32: Path, checkpoint: Path) -> None:
     manifest = manifest_of(fp32)
 
-    assert (manifest["format"], manifest["name"], manifest["family"]) == (1, "repository", "sd1")
+    assert (manifest["format"], manifest["name"], manifest["family"]) == (2, "repository", "sd1")
     assert (manifest["precision"], manifest["backend"]) == ("fp32", "python-onnxruntime")
     assert manifest["checkpoint"]["source"] == str(checkpoint)
     assert len(manifest["checkpoint"]["sha256"]) == 64
@@ -88,6 +99,7 @@ def test_the_manifest_describes_the_checkpoint(fp32: Path, checkpoint: Path) -> 
     limits = manifest["limits"]
     assert (limits["default_width"], limits["default_height"]) == (128, 128)
     assert (limits["size_multiple"], limits["min_size"], limits["max_size"]) == (16, 32, 256)
+    assert limits["max_clip_skip"] == 1  # of two layers
     assert {"darkroom", "torch", "diffusers", "onnx", "onnxruntime"} <= set(manifest["versions"])
 
 
@@ -111,9 +123,26 @@ def test_every_network_was_compared_with_pytorch(repository: Path) -> None:
         assert 0 <= verification["error"] <= verification["tolerance"] < 0.02
         batches = {shapes[0][0] for shapes in verification["input_shapes"]}
         assert len(batches) > 2
+        assert list(verification["errors"]) == record["outputs"]
+        assert max(verification["errors"].values()) == verification["error"]
+    lengths = [sequence for _, _, (_, sequence, _) in verified_shapes(manifest, "unet")]
+    assert {77, 154} < set(lengths)
     loop = manifest["verification"]
     assert 0 <= loop["error"] <= loop["tolerance"]
     assert 0 <= loop["picture_error"] <= loop["picture_tolerance"]
+
+
+def verified_shapes(manifest: dict[str, Any], network: str) -> list[list[list[int]]]:
+    """The shapes of the inputs of each call that was compared."""
+    return manifest["networks"][network]["verification"]["input_shapes"]
+
+
+def test_the_preview_is_in_the_manifest(repository: Path) -> None:
+    preview = manifest_of(repository)["preview"]
+
+    assert np.shape(preview["matrix"]) == (4, 3)
+    assert np.shape(preview["bias"]) == (3,)
+    assert np.isfinite(preview["r2"])
 
 
 def test_half_precision_is_measurably_less_precise(fp32: Path, fp16: Path) -> None:
@@ -165,7 +194,7 @@ def test_the_networks_are_the_contract(fp32: Path) -> None:
     networks = manifest_of(fp32)["networks"]
 
     assert {name: (record["inputs"], record["outputs"]) for name, record in networks.items()} == {
-        "text_encoder": (["input_ids"], ["last_hidden_state"]),
+        "text_encoder": (["input_ids"], ["last_hidden_state", "hidden_states"]),
         "unet": (["sample", "timestep", "encoder_hidden_states"], ["out_sample"]),
         "vae_decoder": (["latent_sample"], ["sample"]),
     }
@@ -173,13 +202,14 @@ def test_the_networks_are_the_contract(fp32: Path) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 63])
 def test_the_batch_is_dynamic(repository: Path, batch: int) -> None:
-    hidden = session_of(repository, "text_encoder").run(
+    hidden, layers = session_of(repository, "text_encoder").run(
         None, {"input_ids": np.zeros((batch, 77), np.int64)}
-    )[0]
+    )
     out = run_unet(repository, batch, 4, 4)
     pixels = run_vae_decoder(repository, batch, 2, 2)
 
     assert hidden.shape == (batch, 77, 32)
+    assert layers.shape == (batch, 3, 77, 32)
     assert out.shape == (batch, 4, 4, 4)
     assert pixels.shape == (batch, 3, 16, 16)
 
@@ -190,12 +220,32 @@ def test_height_and_width_are_dynamic(repository: Path, height: int, width: int)
     assert run_vae_decoder(repository, 1, height, width).shape == (1, 3, 8 * height, 8 * width)
 
 
-def run_unet(repository: Path, batch: int, height: int, width: int) -> np.ndarray:
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 12])
+def test_a_repeated_text_is_the_text(repository: Path, chunks: int) -> None:
+    """So may texts of any lengths share a call, and the length is dynamic."""
+    precision = manifest_of(repository)["precision"]
+    expected = run_unet(repository, 2, 4, 4)
+    repeated = run_unet(repository, 2, 4, 4, chunks)
+
+    assert np.allclose(repeated, expected, atol=1e-5 if precision == "fp32" else 1e-2)
+
+
+def test_the_last_of_all_hidden_states_is_the_last_hidden_state(repository: Path) -> None:
+    ids = np.arange(2 * 77).reshape(2, 77)
+    hidden, layers = session_of(repository, "text_encoder").run(None, {"input_ids": ids})
+
+    assert np.allclose(layers[:, -1], hidden, atol=1e-6)
+    assert not np.allclose(layers[:, 0], hidden, atol=1e-2)
+    assert not np.allclose(layers[:, 1], hidden, atol=1e-2)
+
+
+def run_unet(repository: Path, batch: int, height: int, width: int, chunks: int = 1) -> np.ndarray:
     generator = np.random.default_rng(0)
+    hidden = np.random.default_rng(1).standard_normal((batch, 77, 32)).astype(np.float32)
     feed = {
         "sample": generator.standard_normal((batch, 4, height, width)).astype(np.float32),
         "timestep": np.linspace(1, 999, batch, dtype=np.float32),
-        "encoder_hidden_states": np.ones((batch, 77, 32), np.float32),
+        "encoder_hidden_states": np.concatenate([hidden] * chunks, axis=1),
     }
     return session_of(repository, "unet").run(None, feed)[0]
 
@@ -239,24 +289,70 @@ def test_a_second_export_is_up_to_date_and_keeps_the_networks(checkpoint: Path, 
     after = contents(fp32)
 
     assert is_new is False
-    kept = [name for name in before if not name.startswith("stable_diffusion/")]
+    kept = [name for name in before if name.endswith((".json", ".onnx"))]
+    assert len(kept) == 2 + len(NETWORKS)
     assert {name: before[name] for name in kept} == {name: after[name] for name in kept}
     assert before.keys() == after.keys()
 
 
-def test_a_second_export_brings_the_engine_up_to_date(
+def test_a_second_export_brings_the_python_models_up_to_date(
     checkpoint: Path, fp32: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "repository"
     shutil.copytree(fp32, target)
     engine = target / "stable_diffusion" / "1" / "darkroom_engine"
-    (engine / "engine.py").write_text("an older one")
     (engine / "removed_since.py").write_text("gone in the newer one")
+    shutil.rmtree(target / "stable_diffusion_cancel")
+    (target / "of_mine.txt").write_text("mine")
+    python_models = [path for face in FACES for path in (target / face).rglob("*.*")]
+    python_models += [target / network / "1" / "model.py" for network in NETWORKS]
+    for path in python_models:
+        path.write_text("an older one")
 
     assert export_checkpoint(str(checkpoint), target) is False
-    expected = fp32 / "stable_diffusion" / "1" / "darkroom_engine" / "engine.py"
-    assert (engine / "engine.py").read_bytes() == expected.read_bytes()
-    assert not (engine / "removed_since.py").exists()
+    (target / "of_mine.txt").unlink()
+    files = {path.relative_to(fp32) for path in fp32.rglob("*") if path.is_file()}
+    assert {path.relative_to(target) for path in target.rglob("*") if path.is_file()} == files
+    for file in files:
+        assert (target / file).read_bytes() == (fp32 / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("model", FACES)
+def test_every_face_of_the_engine_is_its_template_and_the_wire(fp32: Path, model: str) -> None:
+    expected = template_files(model)
+    (wire,) = template_files("wire").values()
+
+    assert {file: (fp32 / file).read_bytes() for file in expected} == expected
+    assert (fp32 / model / "1" / "darkroom_wire.py").read_bytes() == wire
+
+
+def test_a_repository_of_an_older_format_is_exported_again(
+    checkpoint: Path, fp32: Path, tmp_path: Path, edit: Callable[..., None]
+) -> None:
+    target = tmp_path / "repository"
+    shutil.copytree(fp32, target)
+    edit(target / "manifest.json", format=1, preview=None)
+    (target / "unet" / "1" / "model.onnx").write_bytes(b"of an older engine")
+
+    assert export_checkpoint(str(checkpoint), target) is True
+    assert manifest_of(target) == manifest_of(fp32)
+    Manifest.load(target / "manifest.json")
+
+
+@pytest.mark.parametrize("version", [1, 99, "1", None])
+def test_another_format_is_no_leave_to_replace(
+    broken: Path, fp32: Path, tmp_path: Path, edit: Callable[..., None], version: object
+) -> None:
+    target = tmp_path / "repository"
+    shutil.copytree(fp32, target)
+    edit(target / "manifest.json", format=version)
+    if version == 1:  # older, but of another checkpoint
+        edit(broken / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    before = contents(target)
+
+    with pytest.raises(ExportError, match="--force replaces it"):
+        export_checkpoint(str(broken), target)
+    assert contents(target) == before
 
 
 def test_a_copy_of_the_checkpoint_is_the_same_checkpoint(broken: Path, fp32: Path) -> None:

@@ -330,7 +330,8 @@ def loop_inputs(fp32: Path, pipeline: Any) -> LoopInputs:
     return loop_reference(pipeline, 3), pipeline.scheduler, scaling, paths
 
 
-NETWORKS = ("text_encoder", "unet", "vae_decoder")
+TEXT = "text_encoder"
+NETWORKS = (TEXT, "unet", "vae_decoder")
 
 
 def graph_of(repository: Path, network: str) -> Path:
@@ -367,7 +368,7 @@ def test_a_network_with_slightly_wrong_weights_is_found(
 ) -> None:
     path = spoil(graph_of(fp32, network), tmp_path / "wrong.onnx", lambda weights: 1.05 * weights)
 
-    with pytest.raises(ExportError, match=f"{network}: fp32 ONNX differs from PyTorch by"):
+    with pytest.raises(ExportError, match=f"{network}: .* of fp32 ONNX differs from PyTorch's by"):
         verify_network(specs[network], references[network], path, Precision.FP32)
 
 
@@ -381,7 +382,7 @@ def test_a_network_that_makes_nan_is_found(
 ) -> None:
     path = spoil(graph_of(fp32, network), tmp_path / "nan.onnx", lambda w: np.full_like(w, np.nan))
 
-    with pytest.raises(ExportError, match=f"{network}: output is not finite"):
+    with pytest.raises(ExportError, match=f"{network}: .* is not finite, the precision"):
         verify_network(specs[network], references[network], path, Precision.FP32)
 
 
@@ -389,10 +390,10 @@ def test_a_network_of_another_shape_is_found(
     fp32: Path, specs: dict[str, NetworkSpec], references: dict[str, Reference]
 ) -> None:
     reference = references["vae_decoder"]
-    cases = [(inputs, expected[:, :, ::2]) for inputs, expected in reference.cases]
+    cases = [(inputs, (pixels[:, :, ::2],)) for inputs, (pixels,) in reference.cases]
     path = graph_of(fp32, "vae_decoder")
 
-    with pytest.raises(ExportError, match=r"vae_decoder: made .* PyTorch"):
+    with pytest.raises(ExportError, match=r"vae_decoder: sample is .*, PyTorch's is \("):
         verify_network(specs["vae_decoder"], Reference(cases), path, Precision.FP32)
 
 
@@ -400,18 +401,49 @@ def test_a_reference_that_is_not_finite_verifies_nothing(
     fp32: Path, specs: dict[str, NetworkSpec], references: dict[str, Reference]
 ) -> None:
     nan = np.float32("nan")
-    cases = [(inputs, nan * expected) for inputs, expected in references["unet"].cases]
+    cases = [(inputs, (nan * output,)) for inputs, (output,) in references["unet"].cases]
     path = graph_of(fp32, "unet")
 
-    with pytest.raises(ExportError, match="unet: "):
+    with pytest.raises(ExportError, match="unet: out_sample of PyTorch is not finite"):
         verify_network(specs["unet"], Reference(cases), path, Precision.FP32)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda layers: layers * np.float32(1.01), "hidden_states of fp32 ONNX differs"),
+        (lambda layers: layers[:, 1:], "hidden_states is .*, PyTorch's is"),
+        (lambda layers: layers * np.float32("nan"), "hidden_states of PyTorch is not finite"),
+    ],
+)
+def test_every_output_is_compared(
+    fp32: Path,
+    specs: dict[str, NetworkSpec],
+    references: dict[str, Reference],
+    wrong: Callable[[np.ndarray], np.ndarray],
+    message: str,
+) -> None:
+    cases = [(inputs, (last, wrong(all_))) for inputs, (last, all_) in references[TEXT].cases]
+
+    with pytest.raises(ExportError, match=f"text_encoder: {message}"):
+        verify_network(specs[TEXT], Reference(cases), graph_of(fp32, TEXT), Precision.FP32)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_vae_that_makes_nan_is_named(broken: Path, target: Path, side: str) -> None:
+    tensors = load_file(broken / VAE)
+    name = f"{side}.conv_out.bias"
+    tensors[name] = tensors[name] * float("nan")
+    save_file(tensors, broken / VAE, {"format": "pt"})
+
+    assert_refused(broken, target, f"vae: the {side}'s output is not finite")
 
 
 def test_an_error_of_nan_is_no_error_of_zero() -> None:
     ones = np.ones(3, np.float32)
 
     for actual, expected in ((ones * np.nan, ones), (ones, ones * np.nan), (ones * np.inf, ones)):
-        with pytest.raises(ExportError, match=r"it: .*not finite"):
+        with pytest.raises(ExportError, match=r"it .*not finite"):
             relative_error("it", actual, expected)
 
 

@@ -49,6 +49,11 @@ def merging(broken: Path) -> CLIPTokenizer:
     return clip_tokenizer(broken / "tokenizer")
 
 
+def escaped(text: str) -> str:
+    """The text with no weights in it."""
+    return text.replace("(", r"\(").replace(")", r"\)")
+
+
 def expected_ids(tokenizer: CLIPTokenizer, text: str) -> list[int]:
     return tokenizer(text, padding="max_length", max_length=77, truncation=True).input_ids
 
@@ -59,7 +64,7 @@ def test_the_exported_tokenizer_is_clips(fp32: Path, checkpoint: Path, name: str
     ours = PromptTokenizer.from_config(manifest["tokenizer"], fp32)
     theirs = CLIPTokenizer.from_pretrained(checkpoint / "tokenizer")
 
-    ids, _ = ours.encode(TEXTS[name])
+    (ids,) = ours.encode(escaped(TEXTS[name])).ids
     assert ids.tolist() == expected_ids(theirs, TEXTS[name])
 
 
@@ -67,7 +72,7 @@ def test_the_exported_tokenizer_is_clips(fp32: Path, checkpoint: Path, name: str
 def test_merges_are_kept(merging: CLIPTokenizer, tmp_path: Path, name: str) -> None:
     ours = PromptTokenizer.from_config(_write_tokenizer(merging, tmp_path), tmp_path)
 
-    ids, _ = ours.encode(TEXTS[name])
+    (ids,) = ours.encode(escaped(TEXTS[name])).ids
     assert ids.tolist() == expected_ids(merging, TEXTS[name])
 
 
@@ -79,7 +84,7 @@ def test_another_padding_token_is_kept(broken: Path, tmp_path: Path) -> None:
     theirs = clip_tokenizer(broken / "tokenizer", pad_token="!")  # noqa: S106  a token of text
     ours = PromptTokenizer.from_config(_write_tokenizer(theirs, tmp_path), tmp_path)
 
-    ids, _ = ours.encode("the cat")
+    (ids,) = ours.encode("the cat").ids
     assert ids.tolist() == expected_ids(theirs, "the cat")
     assert ids[-1] == theirs.convert_tokens_to_ids("!") != theirs.eos_token_id
 
@@ -89,7 +94,27 @@ def test_what_does_not_fit_is_counted(
     merging: CLIPTokenizer, tmp_path: Path, count: int, num_cut: int
 ) -> None:
     ours = PromptTokenizer.from_config(_write_tokenizer(merging, tmp_path), tmp_path)
-    ids, cut = ours.encode("cat " * count)
+    tokens = ours.encode("cat " * count)
 
-    assert (len(ids), cut) == (77, num_cut)
-    assert ids[-1] == merging.eos_token_id
+    assert (tokens.ids.shape, tokens.num_cut) == ((1, 77), num_cut)
+    assert tokens.ids[0, -1] == merging.eos_token_id
+
+
+def test_the_chunks_of_a_long_text_are_its_parts(merging: CLIPTokenizer, tmp_path: Path) -> None:
+    ours = PromptTokenizer.from_config(_write_tokenizer(merging, tmp_path), tmp_path)
+    words = [("cat", "sat", "mat", "the")[n % 4] for n in range(170)]
+    tokens = ours.encode(" ".join(words), max_chunks=4)
+
+    parts = [" ".join(words[start : start + 75]) for start in (0, 75, 150)]
+    assert tokens.ids.tolist() == [expected_ids(merging, part) for part in parts]
+
+
+def test_segments_are_tokenized_apart(merging: CLIPTokenizer, tmp_path: Path) -> None:
+    ours = PromptTokenizer.from_config(_write_tokenizer(merging, tmp_path), tmp_path)
+    weighted = ours.encode("the c(at:1.5)")
+
+    parts = [merging(text, add_special_tokens=False).input_ids for text in ("the c", "at")]
+    count = len(parts[0]) + len(parts[1])
+    assert weighted.ids[0, 1 : 1 + count].tolist() == parts[0] + parts[1]
+    assert weighted.weights[0, : 2 + count].tolist() == [1] * (1 + len(parts[0])) + [1.5, 1]
+    assert not (weighted.ids == ours.encode("the cat").ids).all()

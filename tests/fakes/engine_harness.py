@@ -26,6 +26,7 @@ LIMITS = Limits(
     max_num_inference_steps=150,
     max_guidance_scale=50.0,
     max_num_images_per_prompt=8,
+    max_clip_skip=11,
 )
 
 WAIT_S = 30.0
@@ -40,10 +41,15 @@ def manifest_document() -> dict[str, Any]:
     verification = {"error": 1e-6, "tolerance": 1e-4}
     names = ("text_encoder", "unet", "vae_decoder")
     return {
-        "format": 1,
+        "format": 2,
         "name": "fake",
         "family": "sd1",
         "latents": {"channels": 4, "vae_scale_factor": 8, "vae_scaling_factor": 0.18215},
+        "preview": {
+            "matrix": [[0.4, 0.1, 0.0], [0.0, 0.4, 0.1], [0.1, 0.0, 0.4], [0.1, 0.1, 0.1]],
+            "bias": [0.0, 0.1, 0.2],
+            "r2": 0.9,
+        },
         "noise_schedule": {
             "train_sigmas": np.sqrt((1 - alphas_cumprod) / alphas_cumprod).tolist(),
             "prediction_type": "epsilon",
@@ -69,6 +75,7 @@ def manifest_document() -> dict[str, Any]:
             "max_num_inference_steps": 60,
             "max_guidance_scale": 20.0,
             "max_num_images_per_prompt": 4,
+            "max_clip_skip": 2,
         },
         "networks": {
             name: {

@@ -20,7 +20,7 @@ class FakeNetworks:
 
     def __init__(self) -> None:
         self.step_rows: list[int] = []
-        """Rows of every UNet call since the warm-up."""
+        """Rows of every UNet call but the blank ones, which warm up and try."""
         self.encoded: list[np.ndarray] = []
         self.gate = threading.Event()
         """While cleared, UNet calls wait."""
@@ -28,11 +28,15 @@ class FakeNetworks:
         self.is_entered = threading.Event()
         """Set while a UNet call waits or runs."""
         self.fail_next: dict[str, BaseException] = {}
+        """What the next call of a network raises."""
+        self.fail_always: dict[str, BaseException] = {}
+        """What every call of a network raises, but for those whose input is all zeros."""
+        self.away: dict[str, BaseException] = {}
+        """What every call of a network raises, as when its process has died."""
         self.poison_token: int | None = None
         """Rows whose prompt holds this token come out as NaN."""
         self.is_missing = False
         self.is_loading = False
-        self.is_warm = False
 
     def wait_until_ready(self, timeout_s: float, is_given_up: Callable[[], bool]) -> None:
         while self.is_loading and not is_given_up():
@@ -40,10 +44,10 @@ class FakeNetworks:
         if self.is_missing or self.is_loading:
             raise NetworkFailed("unet", f"not ready within {timeout_s:g} s")
 
-    def encode(self, input_ids: np.ndarray) -> dict[str, np.ndarray]:
-        self._maybe_fail("text_encoder")
+    def encode(self, input_ids: np.ndarray, clip_skip: int) -> dict[str, np.ndarray]:
+        self._maybe_fail("text_encoder", input_ids)
         self.encoded.append(input_ids)
-        frequency = np.arange(1, HIDDEN + 1) / 7
+        frequency = np.arange(1, HIDDEN + 1) / (7 + clip_skip)
         hidden = np.sin(input_ids[:, :, None] * frequency).astype(np.float32)
         if self.poison_token is not None:
             hidden[(input_ids == self.poison_token).any(axis=1)] = np.nan
@@ -52,9 +56,9 @@ class FakeNetworks:
     def denoise(self, sample: np.ndarray, timestep: np.ndarray, conditioning: dict) -> np.ndarray:
         self.is_entered.set()
         self.gate.wait()
-        if self.is_warm:
+        if sample.any():
             self.step_rows.append(len(sample))
-        self._maybe_fail("unet")
+        self._maybe_fail("unet", sample)
         hidden = conditioning["encoder_hidden_states"]
         assert len(sample) == len(timestep) == len(hidden)
         out = np.empty_like(sample)
@@ -64,11 +68,12 @@ class FakeNetworks:
         return out
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        self._maybe_fail("vae_decoder")
-        self.is_warm = True  # the warm-up ends with a decode
+        self._maybe_fail("vae_decoder", latents)
         return np.tanh(latents[:, :3].repeat(8, axis=2).repeat(8, axis=3))
 
-    def _maybe_fail(self, network: str) -> None:
-        error = self.fail_next.pop(network, None)
+    def _maybe_fail(self, network: str, values: np.ndarray) -> None:
+        error = self.fail_next.pop(network, None) or self.away.get(network)
+        if error is None and values.any():
+            error = self.fail_always.get(network)
         if error is not None:
             raise error

@@ -32,7 +32,11 @@ class ToyUNet:
     def __call__(self, sample: np.ndarray, timestep: float) -> np.ndarray:
         alpha_bar = self.alphas_cumprod[int(timestep)]
         alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-        x0 = np.sin(self.frequency * sample + timestep / 300) + 0.3 * self.bias
+        x0 = self.x0(sample, timestep)
         epsilon = (sample - alpha * x0) / sigma
         output = {"epsilon": epsilon, "v_prediction": alpha * epsilon - sigma * x0, "sample": x0}
         return output[self.prediction_type].astype(np.float32)
+
+    def x0(self, sample: np.ndarray, timestep: float) -> np.ndarray:
+        """What the output says of x_0."""
+        return np.sin(self.frequency * sample + timestep / 300) + 0.3 * self.bias

@@ -95,9 +95,13 @@ class ResponseSender:
 
     def response(self, timeout_s: float) -> InferenceResponse:
         """The one answer, once it is final."""
-        assert self._is_closed.wait(timeout_s), "no answer"
+        self.wait_for_end(timeout_s)
         (response,) = self.sent
         return response
+
+    def wait_for_end(self, timeout_s: float) -> None:
+        """Return when the final response was sent."""
+        assert self._is_closed.wait(timeout_s), "no answer"
 
 
 class InferenceRequest:
@@ -106,7 +110,9 @@ class InferenceRequest:
         model_name: str = "",
         requested_output_names: Sequence[str] = (),
         inputs: Sequence[Tensor] = (),
+        request_id: str = "",
     ) -> None:
+        self._request_id = request_id
         self._model_name = model_name
         self._requested_output_names = list(requested_output_names)
         self._inputs = list(inputs)
@@ -114,6 +120,9 @@ class InferenceRequest:
 
     def inputs(self) -> list[Tensor]:
         return self._inputs
+
+    def request_id(self) -> str:
+        return self._request_id
 
     def model_name(self) -> str:
         return self._model_name
@@ -126,6 +135,49 @@ class InferenceRequest:
 
     def exec(self) -> InferenceResponse:
         return server.run(self)
+
+
+class Metric:
+    """One series of a family; `values` are all that was done to it."""
+
+    def __init__(self, kind: str, buckets: Sequence[float]) -> None:
+        self._kind = kind
+        self.buckets = list(buckets)
+        self.values: list[float] = []
+
+    def increment(self, value: float) -> None:
+        self._do(value, "COUNTER", "GAUGE")
+
+    def set(self, value: float) -> None:
+        self._do(value, "GAUGE")
+
+    def observe(self, value: float) -> None:
+        self._do(value, "HISTOGRAM")
+
+    def _do(self, value: float, *kinds: str) -> None:
+        if self._kind not in kinds:
+            raise TritonModelException(f"a {self._kind} cannot do that")
+        self.values.append(value)
+
+
+class MetricFamily:
+    COUNTER, GAUGE, HISTOGRAM = "COUNTER", "GAUGE", "HISTOGRAM"
+
+    def __init__(self, name: str, description: str, kind: str) -> None:
+        if name in server.families:
+            raise TritonModelException(f"the metric family {name} exists")
+        self._kind = kind
+        self.name = name
+        self.description = description
+        self.series: dict[tuple[tuple[str, str], ...], Metric] = {}
+        server.families[name] = self
+
+    # The real one's name.
+    def Metric(self, labels: dict[str, str], buckets: Sequence[float] | None = None) -> Metric:  # noqa: N802
+        if (self._kind == "HISTOGRAM") != bool(buckets):
+            raise TritonModelException("buckets are for histograms, which need them")
+        key = tuple(sorted(labels.items()))
+        return self.series.setdefault(key, Metric(self._kind, buckets or ()))
 
 
 def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor | None:
@@ -156,6 +208,8 @@ class Server:
         self.questions: list[str] = []
         """Every model that was asked for its readiness."""
         self.on_question: Callable[[str], Any] = lambda _: None
+        self.families: dict[str, MetricFamily] = {}
+        """The metrics that models have made, by name."""
         self.requests: list[InferenceRequest] = []
         """Every request that a model made."""
 

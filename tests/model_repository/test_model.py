@@ -16,7 +16,8 @@ from engine_harness import WAIT_S, Harness
 from fake_networks import FakeNetworks
 from PIL import Image
 
-from darkroom_engine import EngineConfig, Manifest, NetworkFailed
+import darkroom_wire as wire
+from darkroom_engine import METRICS, EngineConfig, Manifest, NetworkFailed
 
 OUTPUTS = {"text_encoder": "last_hidden_state", "unet": "out_sample", "vae_decoder": "sample"}
 Arrays = dict[str, np.ndarray]
@@ -96,7 +97,7 @@ def networks(server: pb_utils.Server) -> FakeNetworks:
     fake = FakeNetworks()
 
     def encode(inputs: Arrays) -> Arrays:
-        return {"last_hidden_state": fake.encode(inputs["input_ids"])["encoder_hidden_states"]}
+        return {"last_hidden_state": fake.encode(inputs["input_ids"], 0)["encoder_hidden_states"]}
 
     def denoise(inputs: Arrays) -> Arrays:
         conditioning = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
@@ -130,6 +131,11 @@ def arguments(
         }
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(wire.RUNTIME_DIR, str(tmp_path / "runtime"))
 
 
 @pytest.fixture
@@ -240,18 +246,29 @@ def test_a_full_queue_is_unavailable_at_once(make_face: Callable[..., Face]) -> 
     code, text = error_of(face.ask())
 
     assert code == pb_utils.TritonError.UNAVAILABLE
-    assert text.startswith("the queue is full: 1 pictures are waiting, 1 may wait")
+    assert re.fullmatch(
+        r"the queue is full: 1 pictures are waiting, 1 may wait; retry_after_ms: \d+", text
+    )
 
 
 def test_a_deadline_that_passed_is_cancelled_and_says_so(face: Face) -> None:
     face.hold()
-    sender = face.send(timeout_ms=1)
-    threading.Event().wait(0.01)
-    face.networks.gate.set()
+    sender = face.send(timeout_ms=200)
 
+    # Although the step that is under way does not end.
     assert error_of(sender.response(WAIT_S)) == (
         pb_utils.TritonError.CANCELLED,
-        "timeout_ms: 1 ran out",
+        "timeout_ms: 200 ran out",
+    )
+
+
+def test_a_deadline_that_cannot_be_kept_is_unavailable(face: Face) -> None:
+    face.hold(num_inference_steps=60)
+    code, text = error_of(face.ask(num_inference_steps=60, timeout_ms=1))
+
+    assert code == pb_utils.TritonError.UNAVAILABLE
+    assert re.fullmatch(
+        r"timeout_ms: 1 cannot be kept, about \d+ ms of work are ahead; retry_after_ms: \d+", text
     )
 
 
@@ -260,16 +277,21 @@ def test_a_failed_network_is_internal_and_the_next_request_is_served(
     face: Face, network: str
 ) -> None:
     expected = arrays_of(face.ask("fine", seed=1))["image"][0]
-    face.networks.fail_next[network] = RuntimeError("out of memory")
+    face.networks.fail_always[network] = RuntimeError("out of memory")
+    answer = face.ask("unlucky")
+    face.networks.fail_always.clear()
 
-    assert error_of(face.ask("unlucky")) == (
+    assert error_of(answer) == (
         pb_utils.TritonError.INTERNAL,
         f"{network} failed: out of memory",
     )
     assert arrays_of(face.ask("fine", seed=1))["image"][0] == expected
 
 
-def test_a_network_that_went_away_is_internal(face: Face, server: pb_utils.Server) -> None:
+def test_a_network_that_went_away_is_internal(
+    make_face: Callable[..., Face], server: pb_utils.Server
+) -> None:
+    face = make_face(heal_timeout_s=0)
     face.ask()
     del server.models["unet"]
     code, text = error_of(face.ask())
@@ -360,6 +382,33 @@ def test_an_answered_request_is_never_asked_about(face: Face, server: pb_utils.S
     assert server.num_crashes == 0
 
 
+def test_the_engines_metrics_are_handed_to_triton(
+    make_face: Callable[..., Face], server: pb_utils.Server
+) -> None:
+    face = make_face()
+    face.ask(num_inference_steps=3, guidance_scale=5.0)
+    face.ask(width=33)
+    face.model.finalize()
+
+    seen = {name: family.series for name, family in server.families.items()}
+    assert set(seen) <= {metric.name for metric in METRICS}
+    outcomes = seen["darkroom_requests_total"]
+    assert outcomes[("outcome", "image"),].values == [1]
+    assert outcomes[("outcome", "invalid"),].values == [1]
+    assert seen["darkroom_images_total"][()].values == [1]
+    assert seen["darkroom_batch_rows"][()].values == [2, 2, 2]
+    assert len(seen["darkroom_step_duration_seconds"][("rows", "2"),].values) == 3
+    assert len(seen["darkroom_queue_wait_seconds"][()].values) == 1
+    assert len(seen["darkroom_decode_duration_seconds"][()].values) == 1
+    assert seen["darkroom_max_rows"][()].values == [16]
+    assert seen["darkroom_waiting_pictures"][()].values[-1] == 0
+    assert seen["darkroom_running_pictures"][()].values[-1] == 0
+    lookups = seen["darkroom_prompt_cache_lookups_total"]
+    # The empty negative prompt is there from the warm-up on.
+    assert lookups[("result", "hit"),].values == [1]
+    assert lookups[("result", "miss"),].values == [1]
+
+
 def test_finalize_answers_what_is_left(make_face: Callable[..., Face]) -> None:
     face = make_face(max_rows=2)
     running = face.hold(num_inference_steps=60)
@@ -387,8 +436,8 @@ def test_an_idle_model_finalizes_at_once(face: Face) -> None:
     face.ask()
     face.model.finalize()
 
-    assert not [thread for thread in threading.enumerate() if thread.name == "engine"]
-    assert not [thread for thread in threading.enumerate() if thread.name == "cancel-watcher"]
+    names = {thread.name for thread in threading.enumerate()}
+    assert not names & {"engine", "watcher", "reporter", "developer", "door", "metrics"}
 
 
 @pytest.mark.parametrize(

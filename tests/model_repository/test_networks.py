@@ -1,6 +1,5 @@
 """How the engine calls the networks by BLS: names, shapes, failures, and waiting for them."""
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +9,7 @@ import triton_python_backend_utils as pb_utils
 from darkroom_engine import Manifest, NetworkFailed, TritonNetworks
 
 CALLER = "stable_diffusion"
-OUTPUTS = {"text_encoder": "last_hidden_state", "unet": "out_sample", "vae_decoder": "sample"}
+NETWORKS = ("text_encoder", "unet", "vae_decoder")
 FOREVER_S = 60.0
 
 Arrays = dict[str, np.ndarray]
@@ -19,9 +18,7 @@ Arrays = dict[str, np.ndarray]
 @pytest.fixture
 def networks(manifest: Manifest, server: pb_utils.Server) -> TritonNetworks:
     """The networks of a manifest, each loaded and refusing to run."""
-    for name, output in OUTPUTS.items():
-        record = dataclasses.replace(manifest.networks[name], outputs=[output])
-        manifest.networks[name] = record
+    for name in NETWORKS:
         server.models[name] = fail_with(AssertionError("not to be called"))
     server.loaded.add(CALLER)
     return TritonNetworks(pb_utils, CALLER, manifest)
@@ -46,13 +43,43 @@ def test_the_text_encoder_gets_token_ids(networks: TritonNetworks, server: pb_ut
         "last_hidden_state": inputs["input_ids"][:, :, None].astype(np.float32)
     }
     ids = np.arange(2 * 77, dtype=np.int64).reshape(2, 77)
-    conditioning = networks.encode(ids)
+    conditioning = networks.encode(ids, 0)
 
     (request,) = server.requests
     assert request.requested_output_names() == ["last_hidden_state"]
     assert seen(request) == {"input_ids": ((2, 77), "int64")}
     assert list(conditioning) == ["encoder_hidden_states"]
     assert np.array_equal(conditioning["encoder_hidden_states"][:, :, 0], ids)
+
+
+@pytest.mark.parametrize("clip_skip", [1, 2])
+def test_a_skipped_layer_is_counted_from_the_last(
+    networks: TritonNetworks, server: pb_utils.Server, clip_skip: int
+) -> None:
+    layers = np.arange(4, dtype=np.float32)[:, None, None]
+    server.models["text_encoder"] = lambda inputs: {
+        "hidden_states": layers + 10 * inputs["input_ids"][:, None, :, None].astype(np.float32)
+    }
+    ids = np.arange(2 * 77, dtype=np.int64).reshape(2, 77)
+    conditioning = networks.encode(ids, clip_skip)
+
+    (request,) = server.requests
+    assert request.requested_output_names() == ["hidden_states"]
+    assert seen(request) == {"input_ids": ((2, 77), "int64")}
+    expected = (3 - clip_skip) + 10 * ids[:, :, None]
+    assert np.array_equal(conditioning["encoder_hidden_states"], expected)
+
+
+def test_the_unet_takes_hidden_states_of_any_length(
+    networks: TritonNetworks, server: pb_utils.Server
+) -> None:
+    server.models["unet"] = lambda inputs: {"out_sample": inputs["sample"]}
+    hidden = np.zeros((1, 924, 6), np.float32)
+    latents = np.zeros((1, 4, 8, 8), np.float32)
+    networks.denoise(latents, np.zeros(1, np.float32), {"encoder_hidden_states": hidden})
+
+    (request,) = server.requests
+    assert seen(request)["encoder_hidden_states"] == ((1, 924, 6), "float32")
 
 
 def test_the_unet_gets_a_timestep_a_row_with_a_dimension_of_its_own(
@@ -101,13 +128,13 @@ def test_views_that_are_not_contiguous_are_sent_right(
 def call_each(networks: TritonNetworks) -> dict[str, Callable[[], object]]:
     latents = np.zeros((1, 4, 8, 8), np.float32)
     return {
-        "text_encoder": lambda: networks.encode(np.zeros((1, 77), np.int64)),
+        "text_encoder": lambda: networks.encode(np.zeros((1, 77), np.int64), 0),
         "unet": lambda: networks.denoise(latents, np.zeros(1, np.float32), {}),
         "vae_decoder": lambda: networks.decode(latents),
     }
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("error", [RuntimeError, pb_utils.TritonModelException])
 def test_a_failure_names_the_network_in_whichever_form_it_comes(
     networks: TritonNetworks, server: pb_utils.Server, name: str, error: type[Exception]
@@ -119,7 +146,7 @@ def test_a_failure_names_the_network_in_whichever_form_it_comes(
     assert caught.value.network == name
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_that_is_gone_is_named(
     networks: TritonNetworks, server: pb_utils.Server, name: str
 ) -> None:
@@ -134,11 +161,11 @@ def test_ready_networks_are_not_waited_for(
 ) -> None:
     networks.wait_until_ready(0.0, lambda: False)
 
-    assert set(server.questions) == {*OUTPUTS, CALLER}
+    assert set(server.questions) == {*NETWORKS, CALLER}
     assert server.requests == []
 
 
-@pytest.mark.parametrize("name", [*OUTPUTS, CALLER])
+@pytest.mark.parametrize("name", [*NETWORKS, CALLER])
 def test_each_network_and_the_model_itself_are_waited_for(
     networks: TritonNetworks, server: pb_utils.Server, name: str
 ) -> None:
@@ -170,7 +197,7 @@ def test_a_server_that_is_starting_is_waited_for(
     assert not server.is_starting
 
 
-@pytest.mark.parametrize("name", [*OUTPUTS, CALLER])
+@pytest.mark.parametrize("name", [*NETWORKS, CALLER])
 def test_what_never_comes_is_given_up_by_name(
     networks: TritonNetworks, server: pb_utils.Server, name: str
 ) -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime")
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Path:
-    """A repository's model folder with out_sample = sample * timestep and noise = -sample."""
+    """A repository's model folder: out_sample = sample * timestep, noise = -sample, unused."""
     from onnx import TensorProto, helper
 
     def tensor(name: str, *shape: str | int) -> Any:
@@ -26,12 +26,13 @@ def graph(tmp_path: Path) -> Path:
         helper.make_node("Unsqueeze", ["timestep", "axes"], ["column"]),
         helper.make_node("Mul", ["sample", "column"], ["out_sample"]),
         helper.make_node("Neg", ["sample"], ["noise"]),
+        helper.make_node("Abs", ["sample"], ["unused"]),
     ]
     made = helper.make_graph(
         nodes,
         "unet",
         [tensor("sample", "batch", 3), tensor("timestep", "batch")],
-        [tensor("out_sample", "batch", 3), tensor("noise", "batch", 3)],
+        [tensor(name, "batch", 3) for name in ("out_sample", "noise", "unused")],
         [helper.make_tensor("axes", TensorProto.INT64, [1], [1])],
     )
     opsets = [helper.make_opsetid("", 18)]
@@ -47,7 +48,8 @@ def config(**inputs: list[int]) -> Any:
         entry = made.input.add(name=name, data_type=model_config_pb2.TYPE_FP32, dims=dims)
         if name == "timestep":
             entry.reshape.SetInParent()
-    made.output.add(name="out_sample", data_type=model_config_pb2.TYPE_FP32, dims=[3])
+    for name in ("out_sample", "noise"):
+        made.output.add(name=name, data_type=model_config_pb2.TYPE_FP32, dims=[3])
     made.parameters["intra_op_thread_count"].string_value = "1"
     return made
 
@@ -69,9 +71,10 @@ def model(
     return model
 
 
-def request(**arrays: np.ndarray) -> pb_utils.InferenceRequest:
+def request(*wanted: str, **arrays: np.ndarray) -> pb_utils.InferenceRequest:
     return pb_utils.InferenceRequest(
-        inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()]
+        requested_output_names=wanted,
+        inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()],
     )
 
 
@@ -84,10 +87,22 @@ def test_it_answers_the_outputs_of_its_config_and_no_others(model: Any) -> None:
     (response,) = model.execute([request(sample=SAMPLE, timestep=TIMESTEP)])
 
     assert not response.has_error()
-    (output,) = response.output_tensors()
-    assert output.name() == "out_sample"
+    output, noise = response.output_tensors()
+    assert (output.name(), noise.name()) == ("out_sample", "noise")
     assert output.as_numpy().tolist() == [[10, 20, 30], [400, 500, 600]]
+    assert noise.as_numpy().tolist() == (-SAMPLE).tolist()
     assert output.as_numpy().dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "wanted", [("out_sample",), ("noise",), ("noise", "out_sample")], ids=",".join
+)
+def test_it_answers_what_is_requested_and_no_more(model: Any, wanted: tuple[str, ...]) -> None:
+    (response,) = model.execute([request(*wanted, sample=SAMPLE, timestep=TIMESTEP)])
+
+    expected = {"out_sample": [[10, 20, 30], [400, 500, 600]], "noise": (-SAMPLE).tolist()}
+    answered = {out.name(): out.as_numpy().tolist() for out in response.output_tensors()}
+    assert answered == {name: expected[name] for name in wanted}
 
 
 def test_batch_sizes_may_differ_between_requests(model: Any) -> None:

@@ -34,16 +34,15 @@ class TritonPythonModel:
         return [self._run(request) for request in requests]
 
     def _run(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
+        # Triton lists all of them for a request that lists none.
+        wanted = request.requested_output_names() or self._outputs
         try:
             feed = {entry["name"]: self._read(request, entry) for entry in self._inputs}
-            arrays = self._session.run(self._outputs, feed)
+            arrays = self._session.run(wanted, feed)
         except Exception as error:  # noqa: BLE001  whatever it is, it is the answer
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
         return pb_utils.InferenceResponse(
-            [
-                pb_utils.Tensor(name, array)
-                for name, array in zip(self._outputs, arrays, strict=True)
-            ]
+            [pb_utils.Tensor(name, array) for name, array in zip(wanted, arrays, strict=True)]
         )
 
     @staticmethod

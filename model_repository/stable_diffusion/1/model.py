@@ -6,25 +6,27 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import threading
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+import darkroom_wire as wire
 from darkroom_engine import (
+    Door,
     Engine,
     EngineConfig,
     EngineError,
-    ImageRequest,
     InvalidRequest,
-    Job,
     JobResult,
     Manifest,
+    Metric,
     TritonNetworks,
+    log_to_stderr,
 )
 
-CANCEL_POLL_S = 0.02
 PARENT_POLL_S = 1.0
 
 logger = logging.getLogger(__name__)
@@ -34,53 +36,45 @@ class TritonPythonModel:
     """One request in, one answer out, later: `execute` never waits for a picture."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        logging.basicConfig(level=logging.INFO, format="darkroom %(levelname)s %(message)s")
+        log_to_stderr()
         config = json.loads(args["model_config"])
         self._input_names = [entry["name"] for entry in config["input"]]
         manifest = Manifest.load(Path(args["model_repository"]).parent / "manifest.json")
         engine_config = EngineConfig.from_parameters(config["parameters"])
         networks = TritonNetworks(pb_utils, args["model_name"], manifest)
-        self._engine = Engine(manifest, networks, engine_config)
-        self._watcher = CancelWatcher()
+        self._metrics = MetricsPublisher()
+        self._engine = Engine(manifest, networks, engine_config, self._metrics.record)
+        self._door = Door(self._engine)
         self._is_finalized = threading.Event()
         threading.Thread(
             target=_exit_with_parent, args=[os.getppid(), self._is_finalized], daemon=True
         ).start()
+        self._metrics.start()
         self._engine.start()
-        self._watcher.start()
+        self._door.start()
 
     def execute(self, requests: list) -> None:
         for request in requests:
-            self._submit(request, Responder(request))
+            self._ask(request, Responder(request))
 
     def finalize(self) -> None:
-        self._watcher.close()
+        self._door.close()
         self._engine.close()
+        self._metrics.close()
         self._is_finalized.set()
 
-    def _submit(self, request: pb_utils.InferenceRequest, responder: Responder) -> None:
+    def _ask(self, request: pb_utils.InferenceRequest, responder: Responder) -> None:
         try:
-            parsed = ImageRequest.parse(self._fields(request), self._engine.limits)
-            job = self._engine.submit(parsed, responder)
-        except EngineError as error:
-            responder(error)
-        except Exception as error:
-            logger.exception("this is a bug")
-            responder(EngineError(f"this is a bug: {error!r}"))
-        else:
-            self._watcher.watch(job, responder)
-
-    def _fields(self, request: pb_utils.InferenceRequest) -> dict[str, bytes | int | float]:
-        fields = {}
-        for name in self._input_names:
-            tensor = pb_utils.get_input_tensor_by_name(request, name)
-            if tensor is None:
-                continue
-            values = tensor.as_numpy()
-            if values.size != 1:
-                raise InvalidRequest(name, f"shape {list(values.shape)} is not [1]")
-            fields[name] = values.item()
-        return fields
+            fields = wire.read_fields(pb_utils, request, self._input_names)
+        except wire.MalformedField as error:
+            responder(InvalidRequest(error.field, str(error)))
+            return
+        self._engine.ask(
+            fields,
+            responder,
+            request_id=request.request_id(),
+            is_abandoned=responder.is_cancelled,
+        )
 
 
 class Responder:
@@ -91,7 +85,6 @@ class Responder:
         self._lock = threading.Lock()
         self._is_answered = False
 
-    @property
     def is_cancelled(self) -> bool:
         with self._lock:
             # Triton frees the request with its answer, and to ask afterwards crashes the server.
@@ -104,46 +97,61 @@ class Responder:
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
-class CancelWatcher:
-    """Cancels the jobs whose client has left, asking on a thread of its own.
-
-    Each question is a round trip to the server process; asked between steps, by the engine thread,
-    the questions of a full batch would cost more than the rest of the turn.
-    """
+class MetricsPublisher:
+    """Hands the engine's metrics to Triton, on a thread of its own: each call is a round trip."""
 
     def __init__(self) -> None:
-        self._watched: list[tuple[Job, Responder]] = []
-        self._changed = threading.Condition()
-        self._is_closing = False
-        self._thread = threading.Thread(target=self._run, name="cancel-watcher", daemon=True)
+        self._queue: queue.SimpleQueue[tuple[Metric, float, str] | None] = queue.SimpleQueue()
+        self._families: dict[str, pb_utils.MetricFamily] = {}
+        self._series: dict[tuple[str, str], pb_utils.Metric] = {}
+        self._gauges: dict[str, float] = {}
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def watch(self, job: Job, responder: Responder) -> None:
-        with self._changed:
-            self._watched.append((job, responder))
-            self._changed.notify()
-
     def close(self) -> None:
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify()
+        self._queue.put(None)
         self._thread.join()
+        # Triton wants the series gone before their families.
+        self._series.clear()
+        self._families.clear()
+
+    def record(self, metric: Metric, value: float, label: str = "") -> None:
+        if metric.kind == "GAUGE":
+            if self._gauges.get(metric.name) == value:
+                return
+            self._gauges[metric.name] = value
+        self._queue.put((metric, value, label))
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._watched or self._is_closing)
-                if self._is_closing:
-                    return
-                self._watched = [entry for entry in self._watched if not entry[0].is_over]
-                watched = list(self._watched)
-            for job, responder in watched:
-                if responder.is_cancelled:
-                    job.cancel()
-            with self._changed:
-                self._changed.wait_for(lambda: self._is_closing, timeout=CANCEL_POLL_S)
+        while (entry := self._queue.get()) is not None:
+            try:
+                self._publish(*entry)
+            except Exception:
+                logger.exception("a metric could not be published")
+
+    def _publish(self, metric: Metric, value: float, label: str) -> None:
+        series = self._series.get((metric.name, label))
+        if series is None:
+            series = self._series[metric.name, label] = self._make_series(metric, label)
+        if metric.kind == "COUNTER":
+            series.increment(value)
+        elif metric.kind == "GAUGE":
+            series.set(value)
+        else:
+            series.observe(value)
+
+    def _make_series(self, metric: Metric, label: str) -> pb_utils.Metric:
+        if metric.name not in self._families:
+            self._families[metric.name] = pb_utils.MetricFamily(
+                name=metric.name,
+                description=metric.description,
+                kind=getattr(pb_utils.MetricFamily, metric.kind),
+            )
+        labels = {metric.label: label} if metric.label else {}
+        options = {"buckets": list(metric.buckets)} if metric.buckets else {}
+        return self._families[metric.name].Metric(labels=labels, **options)
 
 
 def _exit_with_parent(parent: int, is_finalized: threading.Event) -> None:

@@ -13,6 +13,7 @@ The life of a request:
 """
 
 from darkroom_engine.config import EngineConfig
+from darkroom_engine.door import Door
 from darkroom_engine.engine import Engine
 from darkroom_engine.errors import (
     Cancelled,
@@ -23,13 +24,17 @@ from darkroom_engine.errors import (
     Overloaded,
 )
 from darkroom_engine.job import Job, JobResult
+from darkroom_engine.journal import log_to_stderr
 from darkroom_engine.manifest import Manifest, ManifestError
+from darkroom_engine.metrics import METRICS, Metric
 from darkroom_engine.networks import Networks, TritonNetworks
 from darkroom_engine.request import ImageRequest
 
 __all__ = [
+    "METRICS",
     "Cancelled",
     "DeadlineExceeded",
+    "Door",
     "Engine",
     "EngineConfig",
     "EngineError",
@@ -39,8 +44,10 @@ __all__ = [
     "JobResult",
     "Manifest",
     "ManifestError",
+    "Metric",
     "NetworkFailed",
     "Networks",
     "Overloaded",
     "TritonNetworks",
+    "log_to_stderr",
 ]

@@ -1,5 +1,6 @@
 """One UNet call: running samples gathered into rows, and the rows' outputs carried back."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,13 +14,13 @@ from darkroom_engine.solver import NOISE, advance
 class StepBatch:
     """The next step of N samples of one latent shape, as R rows.
 
-    Rows 0 to N - 1 are the conditional predictions; guided samples have a second, unconditional
-    row after those.
+    Rows 0 to N - 1 are the conditional predictions; samples that are guided at this step have a
+    second, unconditional row after those.
     """
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
-        self._guided = [n for n, sample in enumerate(samples) if sample.job.request.is_guided]
+        self._guided = [n for n, sample in enumerate(samples) if sample.is_guided]
 
     @property
     def num_rows(self) -> int:
@@ -34,7 +35,7 @@ class StepBatch:
         conditionings = [sample.conditional for sample in samples]
         conditionings += [samples[n].unconditional for n in self._guided]
         stacked = {
-            name: np.stack([conditioning[name] for conditioning in conditionings])
+            name: _stack([conditioning[name] for conditioning in conditionings])
             for name in conditionings[0]
         }
         return latents, timesteps, stacked
@@ -72,6 +73,28 @@ class StepBatch:
         count = len(self.samples)
         guided = outputs[:count].copy()
         for row, n in enumerate(self._guided, start=count):
-            scale = np.float32(self.samples[n].job.request.guidance_scale)
+            request = self.samples[n].job.request
+            scale = np.float32(request.guidance_scale)
             guided[n] = outputs[row] + scale * (outputs[n] - outputs[row])
+            if request.guidance_rescale:
+                guided[n] = _rescale(guided[n], outputs[n], np.float32(request.guidance_rescale))
         return guided
+
+
+def _rescale(
+    guided: NDArray[np.float32], conditional: NDArray[np.float32], phi: np.float32
+) -> NDArray[np.float32]:
+    """Equations 15 and 16 of Lin et al. 2023 (arXiv:2305.08891), against too much contrast."""
+    rescaled = guided * (conditional.std(ddof=1) / guided.std(ddof=1))
+    mixed: NDArray[np.float32] = phi * rescaled + (1 - phi) * guided
+    return mixed
+
+
+def _stack(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Rows (L_n, ...) to (R, L, ...), where those of shorter prompts are repeated to fit.
+
+    Attention over a text that is written twice is attention over the text: every weight is halved
+    and counted twice. So prompts of any lengths share a call, without a mask.
+    """
+    length = math.lcm(*{len(row) for row in rows})
+    return np.stack([np.concatenate([row] * (length // len(row))) for row in rows])

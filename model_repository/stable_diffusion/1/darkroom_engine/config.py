@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Limits of one engine. A bad value stops the start with the key, the value and the range."""
 
-    max_rows: int = 16
-    """Rows of one UNet call; a picture takes one row, or two with classifier-free guidance."""
+    max_rows: int | None = 16
+    """Rows of one UNet call at the checkpoint's default size, and in proportion fewer of larger
+    ones; a picture takes one row, or two with classifier-free guidance. `auto`, which is None
+    here, takes as many as fit into memory, found out at the start."""
     max_queue_size: int = 256
     """Pictures that may wait; one more is refused at once."""
     max_decode_rows: int = 1
@@ -18,13 +21,17 @@ class EngineConfig:
     """The networks are warmed up with every batch size from 1 to this before the first request."""
     prompt_cache_bytes: int = 64 * 2**20
     """Memory for prompt embeddings kept between requests; 0 keeps none."""
+    seconds_per_priority: int = 10
+    """A level of `priority` counts as having arrived so much earlier."""
+    heal_timeout_s: int = 60
+    """How long requests wait for a network whose process died to be there again."""
 
     def __post_init__(self) -> None:
         for key, (low, high) in _RANGES.items():
             value = getattr(self, key)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ValueError(f"{key}: {value} is outside {low} to {high}")
-        if self.warmup_rows > self.max_rows:
+        if self.max_rows is not None and self.warmup_rows > self.max_rows:
             raise ValueError(
                 f"warmup_rows: {self.warmup_rows} is above max_rows, which is {self.max_rows}"
             )
@@ -37,13 +44,13 @@ class EngineConfig:
             ValueError: a key that does not exist, or a value that is no whole number in range.
         """
         known = {field.name for field in fields(cls)}
-        values: dict[str, int] = {}
+        values: dict[str, Any] = {}
         for key, entry in parameters.items():
             if key not in known:
                 raise ValueError(f"{key}: no such engine parameter; there are {sorted(known)}")
             text = entry["string_value"]
             try:
-                values[key] = int(text)
+                values[key] = None if (key, text) == ("max_rows", "auto") else int(text)
             except ValueError:
                 raise ValueError(f"{key}: {text!r} is not a whole number") from None
         return cls(**values)
@@ -56,4 +63,6 @@ _RANGES = {
     "max_decode_rows": (1, 1024),
     "warmup_rows": (0, 1024),
     "prompt_cache_bytes": (0, 2**40),
+    "seconds_per_priority": (0, 86_400),
+    "heal_timeout_s": (0, 3600),
 }

@@ -7,11 +7,13 @@ import time
 
 import numpy as np
 
-from darkroom_engine import pictures
+from darkroom_engine import metrics, pictures
 from darkroom_engine.errors import EngineError, NetworkFailed
 from darkroom_engine.manifest import Manifest
-from darkroom_engine.networks import Networks
+from darkroom_engine.metrics import Record
+from darkroom_engine.pace import Pace
 from darkroom_engine.sample import Sample
+from darkroom_engine.steady import SteadyNetworks
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +21,19 @@ logger = logging.getLogger(__name__)
 class Developer:
     """Decodes, encodes and delivers finished samples, so that the next step need not wait."""
 
-    def __init__(self, networks: Networks, manifest: Manifest, max_decode_rows: int) -> None:
+    def __init__(
+        self,
+        networks: SteadyNetworks,
+        manifest: Manifest,
+        max_decode_rows: int,
+        pace: Pace,
+        record: Record,
+    ) -> None:
         self._networks = networks
         self._manifest = manifest
         self._max_decode_rows = max_decode_rows
+        self._pace = pace
+        self._record = record
         self._finished: queue.SimpleQueue[Sample | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="developer", daemon=True)
 
@@ -81,4 +92,8 @@ class Developer:
             job.denoised_at = now
             facts = pictures.provenance(job.request, sample.seed, model, engine)
             picture = pictures.encode(pictures.to_uint8(pixels), job.request.output_format, facts)
+            self._record(metrics.IMAGES, 1, "")
             job.deliver(sample.index, picture, {"model": model, "engine": engine})
+        seconds = time.monotonic() - now
+        self._record(metrics.DECODE_SECONDS, seconds, "")
+        self._pace.record_decode(samples[0].latent_shape, seconds / len(samples))

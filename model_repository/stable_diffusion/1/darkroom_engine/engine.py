@@ -3,52 +3,87 @@
 import logging
 import threading
 import time
+from collections.abc import Mapping
 
-import numpy as np
-
+from darkroom_engine import journal, metrics
 from darkroom_engine.batch import StepBatch
 from darkroom_engine.config import EngineConfig
 from darkroom_engine.developer import Developer
-from darkroom_engine.errors import EngineError, InvalidRequest, NetworkFailed
-from darkroom_engine.job import Job, Reply
+from darkroom_engine.errors import EngineError, InvalidRequest
+from darkroom_engine.job import Job, JobResult, Listener, Reply
 from darkroom_engine.manifest import Manifest
+from darkroom_engine.memory import rows_that_fit
+from darkroom_engine.metrics import Record, record_nothing
 from darkroom_engine.networks import Networks
 from darkroom_engine.noise import GaussianNoise
+from darkroom_engine.pace import Pace
 from darkroom_engine.prompts import PromptEncoder
-from darkroom_engine.request import ImageRequest, Limits
-from darkroom_engine.sample import Sample
-from darkroom_engine.samplers import Samplers
-from darkroom_engine.scheduler import Scheduler
+from darkroom_engine.reporter import Reporter
+from darkroom_engine.request import Field, ImageRequest, Limits
+from darkroom_engine.sample import Conditioning, Sample
+from darkroom_engine.samplers import BadChoice, Samplers
+from darkroom_engine.scheduler import Scheduler, Shape
 from darkroom_engine.solver import initial_state
+from darkroom_engine.steady import SteadyNetworks
 from darkroom_engine.tokenizer import PromptTokenizer
+from darkroom_engine.watcher import IsAbandoned, Watcher
 
 logger = logging.getLogger(__name__)
 
 NETWORKS_TIMEOUT_S = 600.0
 
 
+def _never() -> bool:
+    return False
+
+
 class Engine:
     """Continuous batching of denoising steps over one set of networks.
 
-    `submit` and `close` may be called from any thread. Everything else happens on the engine's own
-    thread, which holds the lock only to look at the scheduler, never during a network call.
+    `ask`, `submit`, `cancel` and `close` may be called from any thread. Everything else happens on
+    the engine's own thread, which holds the lock only to look at the scheduler, never during a
+    network call. Three more threads keep out of its way what it need not wait for: the `Developer`
+    decodes and answers, the `Reporter` tells listeners, the `Watcher` looks for callers that left.
     """
 
-    def __init__(self, manifest: Manifest, networks: Networks, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        networks: Networks,
+        config: EngineConfig,
+        record: Record = record_nothing,
+    ) -> None:
         self._manifest = manifest
-        self._networks = networks
         self._config = config
-        max_batch_size = manifest.networks["unet"].max_batch_size
-        if config.max_rows > max_batch_size:
+        self._record = record
+        self._max_batch_size = manifest.networks["unet"].max_batch_size
+        if config.max_rows is not None and config.max_rows > self._max_batch_size:
             raise ValueError(
-                f"max_rows: {config.max_rows} is above the {max_batch_size} that the unet takes"
+                f"max_rows: {config.max_rows} is above the {self._max_batch_size} that the unet "
+                "takes"
             )
+        # Set by the warm-up if the config leaves it to us.
+        self._num_rows_at_default_size = config.max_rows or 2
         self._samplers = Samplers.from_config(manifest.noise_schedule, manifest.solver)
         self.limits = Limits(samplers=self._samplers.names, **manifest.limits)
+        self._default_shape = self._shape_of(self.limits.default_width, self.limits.default_height)
+        self._networks = SteadyNetworks(
+            networks,
+            manifest,
+            config.heal_timeout_s,
+            lambda name: record(metrics.NETWORK_FAILURES, 1, name),
+        )
         tokenizer = PromptTokenizer.from_config(manifest.tokenizer, manifest.directory)
-        self._prompts = PromptEncoder(tokenizer, networks, config.prompt_cache_bytes)
-        self._scheduler = Scheduler(config.max_rows, config.max_queue_size)
-        self._developer = Developer(networks, manifest, config.max_decode_rows)
+        self._prompts = PromptEncoder(tokenizer, self._networks, config.prompt_cache_bytes)
+        self._pace = Pace()
+        self._scheduler = Scheduler(
+            self.max_rows, config.max_queue_size, config.seconds_per_priority, self._pace
+        )
+        self._developer = Developer(
+            self._networks, manifest, config.max_decode_rows, self._pace, record
+        )
+        self._reporter = Reporter(manifest, lambda n: record(metrics.DROPPED_EVENTS, n, ""))
+        self._watcher = Watcher()
         self._changed = threading.Condition()
         self._num_steps = 0
         self._is_closing = False
@@ -56,7 +91,9 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; requests are taken at once and run when the networks are warm."""
+        """Start the threads; requests are taken at once and run when the networks are warm."""
+        self._reporter.start()
+        self._watcher.start()
         self._thread.start()
 
     def close(self) -> None:
@@ -65,32 +102,65 @@ class Engine:
             self._is_closing = True
             self._changed.notify()
         self._thread.join()
+        self._watcher.close()
+        self._reporter.close()
 
-    def submit(self, request: ImageRequest, reply: Reply) -> Job:
-        """Queue a request; `reply` is called exactly once, from another thread.
+    def max_rows(self, shape: Shape) -> int:
+        """Rows that a UNet call of that latent shape may have."""
+        _, height, width = shape
+        _, default_height, default_width = self._default_shape
+        share = min(1.0, default_height * default_width / (height * width))
+        # One guided picture can always run.
+        return max(2, int(self._num_rows_at_default_size * share))
+
+    def ask(
+        self,
+        fields: Mapping[str, Field],
+        reply: Reply,
+        *,
+        request_id: str = "",
+        is_abandoned: IsAbandoned = _never,
+        listener: Listener | None = None,
+    ) -> None:
+        """Parse and queue a request, or answer at once why not; never raises.
+
+        Args:
+            fields: raw values by name, see `ImageRequest.parse`.
+            reply: called exactly once, from any thread; from the listener's if there is one.
+            is_abandoned: asked now and then whether the caller has left, which cancels the request.
+            listener: is told of every step.
+        """
+        try:
+            request = ImageRequest.parse(fields, self.limits)
+            self.submit(
+                request, reply, request_id=request_id, is_abandoned=is_abandoned, listener=listener
+            )
+        except EngineError as error:
+            journal.log_refusal(request_id, error)
+            self._record(metrics.REQUESTS, 1, error.outcome)
+            reply(error)
+        except Exception as error:
+            logger.exception("this is a bug")
+            reply(EngineError(f"this is a bug: {error!r}"))
+
+    def submit(
+        self,
+        request: ImageRequest,
+        reply: Reply,
+        *,
+        request_id: str = "",
+        is_abandoned: IsAbandoned = _never,
+        listener: Listener | None = None,
+    ) -> Job:
+        """Queue a request; the arguments are those of `ask`.
 
         Raises:
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, or the request's deadline cannot be kept.
             EngineError: the engine could not start, or is closing.
-            InvalidRequest: the sampler cannot do that number of steps.
+            InvalidRequest: the prompt or the sampler cannot be what the request says.
         """
-        job = Job(request, reply)
-        job.notes += self._prompts.truncation_notes(
-            prompt=request.prompt, negative_prompt=request.negative_prompt
-        )
-        try:
-            table = self._samplers.table(request.sampler, request.num_inference_steps)
-        except ValueError as error:
-            raise InvalidRequest("sampler", f"{request.sampler!r}: {error}") from None
-        factor = self._manifest.vae_scale_factor
-        shape = (
-            self._manifest.latent_channels,
-            request.height // factor,
-            request.width // factor,
-        )
-        samples = [
-            Sample(job, index, table, shape) for index in range(request.num_images_per_prompt)
-        ]
+        job = Job(request, self._ordered(reply, listener), request_id, listener, self._on_end)
+        samples = self._samples_of(job)
         with self._changed:
             if self._start_error:
                 raise self._start_error
@@ -98,27 +168,40 @@ class Engine:
                 raise EngineError("the engine is stopping")
             job.submitted_step = self._num_steps
             self._scheduler.submit(samples)
+            self._report_positions()
+            self._record_load()
             self._changed.notify()
+        self._watcher.watch(job, is_abandoned)
         return job
 
+    def cancel(self, request_id: str) -> bool:
+        """Cancel the request of that id; False if none is in flight.
+
+        Raises:
+            InvalidRequest: several requests in flight have this id, and none is cancelled.
+        """
+        jobs = [job for job in self._watcher.jobs() if job.request_id == request_id]
+        if len(jobs) > 1:
+            raise InvalidRequest(
+                "request_id", f"{request_id!r} names {len(jobs)} requests, allowed is one"
+            )
+        for job in jobs:
+            job.cancel()
+        return bool(jobs)
+
     def turn(self) -> None:
-        """One turn: retire, admit, step one batch, hand over what is finished."""
+        """One turn: let go of what is over, step one batch, hand over what is finished."""
         with self._changed:
-            expired = self._scheduler.retire(time.monotonic())
-            admitted = self._scheduler.admit()
-        for job, error in expired:
-            job.fail(error)
-        failed = [sample for sample in admitted if not self._prepare(sample)]
-        with self._changed:
-            self._scheduler.remove(failed)
+            self._scheduler.retire()
             samples = self._scheduler.next_batch()
-        if not samples:
-            return
-        self._step(samples)
-        finished = [s for s in samples if s.is_finished and not s.job.is_over]
+        started = [sample for sample in samples if sample.is_started or self._start(sample)]
+        if started:
+            self._step(started)
         with self._changed:
-            self._scheduler.remove(s for s in samples if s.is_finished or s.job.is_over)
-        self._developer.submit(finished)
+            self._scheduler.remove(s for s in samples if s.job.is_over or s.is_finished)
+            self._report_positions()
+            self._record_load()
+        self._developer.submit([s for s in started if s.is_finished and not s.job.is_over])
 
     def _run(self) -> None:
         try:
@@ -147,23 +230,52 @@ class Engine:
             self._changed.wait_for(lambda: self._scheduler.has_work or self._is_closing)
             return not self._is_closing
 
-    def _prepare(self, sample: Sample) -> bool:
-        """Give an admitted sample its embeddings and its noise; False if that failed."""
+    def _samples_of(self, job: Job) -> list[Sample]:
+        request = job.request
+        texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        for field, text in texts.items():
+            try:
+                self._prompts.validate(text)
+            except ValueError as error:
+                raise InvalidRequest(field, str(error)) from None
+        job.notes += self._prompts.truncation_notes(request.max_embeddings_multiples, **texts)
+        try:
+            table = self._samplers.table(
+                request.sampler,
+                request.num_inference_steps,
+                request.eta,
+                request.timestep_spacing,
+            )
+        except BadChoice as error:
+            raise InvalidRequest(error.field, error.problem) from None
+        shape = self._shape_of(request.width, request.height)
+        return [Sample(job, index, table, shape) for index in range(request.num_images_per_prompt)]
+
+    def _shape_of(self, width: int, height: int) -> Shape:
+        factor = self._manifest.vae_scale_factor
+        return (self._manifest.latent_channels, height // factor, width // factor)
+
+    def _start(self, sample: Sample) -> bool:
+        """Give a sample its embeddings and its noise; False if that failed."""
         job = sample.job
         if job.is_over:
             return False
         if job.started_at is None:
             job.started_at = time.monotonic()
             job.started_step = self._num_steps
+            self._record(metrics.QUEUE_SECONDS, job.started_at - job.submitted_at, "")
+        request = job.request
+        options = (request.clip_skip, request.max_embeddings_multiples)
         try:
-            sample.conditional = self._prompts.encode(job.request.prompt)
-            if job.request.is_guided:
-                sample.unconditional = self._prompts.encode(job.request.negative_prompt)
+            sample.conditional = self._encode(request.prompt, *options)
+            if request.guided_steps:
+                sample.unconditional = self._encode(request.negative_prompt, *options)
         except EngineError as error:
             job.fail(error)
             return False
         sample.noise = GaussianNoise(sample.seed)
         sample.state = initial_state(sample.noise.draw(sample.latent_shape), sample.table)
+        sample.is_started = True
         return True
 
     def _step(self, samples: list[Sample]) -> None:
@@ -171,6 +283,7 @@ class Engine:
         batch = StepBatch(samples)
         with self._changed:
             self._num_steps += 1
+        start = time.monotonic()
         try:
             outputs = self._networks.denoise(*batch.inputs())
         except EngineError as error:
@@ -179,6 +292,47 @@ class Engine:
             return
         for sample, failure in batch.apply(outputs):
             sample.job.fail(failure)
+        seconds = time.monotonic() - start
+        self._reporter.stepped(samples)
+        self._pace.record_step(samples[0].latent_shape, batch.num_rows, seconds)
+        self._record(metrics.STEP_SECONDS, seconds, metrics.rows_label(batch.num_rows))
+        self._record(metrics.BATCH_ROWS, batch.num_rows, "")
+        self._record(metrics.BATCH_PICTURES, len(samples), "")
+
+    def _ordered(self, reply: Reply, listener: Listener | None) -> Reply:
+        """The reply as it must be called, for a listener to hear of the end after all else."""
+        return reply if listener is None else lambda answer: self._reporter.answer(reply, answer)
+
+    def _report_positions(self) -> None:
+        """Tell the listeners that wait how many start before them, where that has changed."""
+        waiting = [s for s in self._scheduler.samples() if s.job.listener and not s.is_started]
+        if not waiting:
+            return
+        positions = self._scheduler.positions()
+        for sample in waiting:
+            job, position = sample.job, positions[sample]
+            # The first picture of a request speaks for all.
+            if sample.index == 0 and job.listener and job.position != position:
+                job.position = position
+                self._reporter.queued(job.listener, position)
+
+    def _record_load(self) -> None:
+        self._record(metrics.WAITING, self._scheduler.num_waiting, "")
+        self._record(metrics.RUNNING, self._scheduler.num_running, "")
+
+    def _on_end(self, job: Job, answer: JobResult | EngineError) -> None:
+        outcome = answer.outcome if isinstance(answer, EngineError) else "image"
+        self._record(metrics.REQUESTS, 1, outcome)
+        self._record(metrics.REQUEST_SECONDS, time.monotonic() - job.submitted_at, outcome)
+        journal.log_end(job, answer)
+
+    def _encode(self, text: str, *options: int) -> Conditioning:
+        num_hits = self._prompts.num_hits
+        conditioning = self._prompts.encode(text, *options)
+        result = "hit" if self._prompts.num_hits > num_hits else "miss"
+        self._record(metrics.PROMPT_LOOKUPS, 1, result)
+        self._record(metrics.PROMPT_BYTES, self._prompts.num_bytes, "")
+        return conditioning
 
     def _fail_all(self, error: EngineError) -> None:
         with self._changed:
@@ -194,23 +348,20 @@ class Engine:
         self._fail_all(error)
 
     def _warm_up(self) -> None:
-        """Run every network at every batch size from 1 to `warmup_rows`, at the smallest size."""
-        networks, manifest = self._networks, self._manifest
+        """Make every network's first calls, and learn what they cost."""
+        networks, config = self._networks, self._config
         networks.wait_until_ready(NETWORKS_TIMEOUT_S, lambda: self._is_closing)
-        conditioning = self._prompts.encode("")
-        factor = manifest.vae_scale_factor
-        shape = (
-            manifest.latent_channels,
-            self.limits.min_size // factor,
-            self.limits.min_size // factor,
-        )
-        for rows in range(1, self._config.warmup_rows + 1):
-            latents = np.zeros((rows, *shape), np.float32)
-            repeated = {name: np.stack([row] * rows) for name, row in conditioning.items()}
-            output = networks.denoise(latents, np.zeros(rows, np.float32), repeated)
-            if output.shape != latents.shape:
-                raise NetworkFailed("unet", f"made {output.shape} of {latents.shape}")
-        pixels = networks.decode(np.zeros((1, *shape), np.float32))
-        expected = (1, 3, shape[1] * factor, shape[2] * factor)
-        if pixels.shape != expected:
-            raise NetworkFailed("vae_decoder", f"made {pixels.shape}, expected {expected}")
+        self._prompts.encode("")
+        shape = networks.smallest_shape
+        for num_rows in range(1, config.warmup_rows + 1):
+            networks.denoise_blank(num_rows, shape)
+            # The first call of a size may cost more than those after it.
+            start = time.monotonic()
+            networks.denoise_blank(num_rows, shape)
+            self._pace.record_step(shape, num_rows, time.monotonic() - start)
+        if config.max_rows is None:
+            self._num_rows_at_default_size = rows_that_fit(
+                lambda num_rows: networks.denoise_blank(num_rows, self._default_shape),
+                self._max_batch_size,
+            )
+        self._record(metrics.MAX_ROWS, self._num_rows_at_default_size, "")

@@ -2,7 +2,7 @@
 
 * EngineError
   x InvalidRequest      the caller's mistake; names the field, the value and the allowed range
-  x Overloaded          the queue is full; trying again later may work
+  x Overloaded          there is too much to do; trying again later may work
   x DeadlineExceeded    the request's own `timeout_ms` ran out
   x Cancelled           the caller left or asked to stop
   x NetworkFailed       a network raised, or returned something that is not a finite number
@@ -12,15 +12,19 @@ from typing import ClassVar
 
 
 class EngineError(Exception):
-    """An answer that is not a picture. `code` is the name of Triton's error code for it."""
+    """An answer that is not a picture."""
 
     code: ClassVar[str] = "INTERNAL"
+    """The name of Triton's error code for it."""
+    outcome: ClassVar[str] = "error"
+    """What it counts as in the metrics."""
 
 
 class InvalidRequest(EngineError):
     """A field of the request is missing, malformed or out of range."""
 
     code = "INVALID_ARG"
+    outcome = "invalid"
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -28,9 +32,17 @@ class InvalidRequest(EngineError):
 
 
 class Overloaded(EngineError):
-    """The waiting queue is full."""
+    """The waiting queue is full, or would not let the request be in time.
+
+    `retry_after_s` is about how long it takes until there is room, in seconds.
+    """
 
     code = "UNAVAILABLE"
+    outcome = "rejected"
+
+    def __init__(self, problem: str, retry_after_s: float) -> None:
+        super().__init__(f"{problem}; retry_after_ms: {max(1, round(1000 * retry_after_s))}")
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceeded(EngineError):
@@ -38,12 +50,14 @@ class DeadlineExceeded(EngineError):
 
     # Triton has no deadline code for backends; CANCELLED is the one that clients do not retry.
     code = "CANCELLED"
+    outcome = "expired"
 
 
 class Cancelled(EngineError):
     """The caller cancelled the request."""
 
     code = "CANCELLED"
+    outcome = "cancelled"
 
 
 class NetworkFailed(EngineError):

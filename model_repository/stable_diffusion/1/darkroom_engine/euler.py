@@ -1,6 +1,7 @@
 """Euler's method, and its ancestral form, as coefficient tables."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ class Euler:
     EulerDiscreteScheduler and EulerAncestralDiscreteScheduler.
     """
 
+    has_own_timesteps: ClassVar[bool] = False
     is_ancestral: bool = False
 
     def table(self, schedule: NoiseSchedule, num_inference_steps: int) -> SolverTable:

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from darkroom_engine.errors import Cancelled, EngineError
 from darkroom_engine.request import ImageRequest
@@ -26,6 +26,20 @@ class JobResult:
 Reply = Callable[[JobResult | EngineError], None]
 
 
+class Listener(Protocol):
+    """One that wants to know how its request gets on, told by a thread that may wait for it."""
+
+    preview_interval: int
+    """A preview after every so many steps; 0 for none."""
+
+    def on_event(self, event: dict[str, Any], preview: bytes | None) -> None:
+        """An event of type queued, step or preview, the last with a JPEG."""
+
+
+def _ignore_end(job: "Job", answer: JobResult | EngineError) -> None:
+    pass
+
+
 class Job:
     """One admitted request and the answer that it is owed.
 
@@ -33,8 +47,18 @@ class Job:
     first that completes the job sends the answer, all later ones are ignored.
     """
 
-    def __init__(self, request: ImageRequest, reply: Reply) -> None:
+    def __init__(
+        self,
+        request: ImageRequest,
+        reply: Reply,
+        request_id: str = "",
+        listener: Listener | None = None,
+        on_end: "Callable[[Job, JobResult | EngineError], None]" = _ignore_end,
+    ) -> None:
         self.request = request
+        self.request_id = request_id
+        self.listener = listener
+        self._on_end = on_end
         self.notes: list[str] = []
         self.submitted_at = time.monotonic()
         self.started_at: float | None = None
@@ -42,6 +66,8 @@ class Job:
         self.submitted_step = 0
         self.started_step = 0
         self.denoised_at: float | None = None
+        self.position: int | None = None
+        """What its listener was last told: how many start before it."""
         self._reply = reply
         self._lock = threading.Lock()
         self._is_over = False
@@ -76,7 +102,7 @@ class Job:
                     "num_inference_steps": request.num_inference_steps,
                     "queue_steps": self.started_step - self.submitted_step,
                     "notes": self.notes,
-                    "timings": self._timings(),
+                    "timings": self.timings(),
                 },
             )
         )
@@ -97,8 +123,10 @@ class Job:
         except Exception:
             # The caller may be gone; that must not take down the thread that others depend on.
             logger.exception("an answer could not be sent")
+        self._on_end(self, answer)
 
-    def _timings(self) -> dict[str, float]:
+    def timings(self) -> dict[str, float]:
+        """Milliseconds of each phase until now."""
         now = time.monotonic()
         started = self.started_at or now
         denoised = self.denoised_at or now

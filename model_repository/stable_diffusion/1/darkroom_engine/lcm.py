@@ -1,6 +1,7 @@
 """Latent consistency sampling (Luo et al. 2023, arXiv:2310.04378) as a coefficient table."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,6 +24,7 @@ _TIMESTEP_SCALING = 10.0
 class LCM:
     """Multistep consistency sampling, Algorithm 3 of the paper. diffusers: LCMScheduler."""
 
+    has_own_timesteps: ClassVar[bool] = True
     original_inference_steps: int = 50
     """Steps of the schedule that the checkpoint was distilled on."""
 
@@ -30,15 +32,10 @@ class LCM:
         """As every sampler's.
 
         Raises:
-            ValueError: more steps than the distillation had.
+            TooManySteps: more steps than the distillation had.
         """
-        total = self.original_inference_steps
-        if num_inference_steps > total:
-            raise ValueError(f"{num_inference_steps} steps are too many, allowed are 1 to {total}")
-        stride = len(schedule.train_sigmas) // total
-        distilled = np.arange(total, 0, -1) * stride - 1
-        chosen = np.floor(np.linspace(0, total, num_inference_steps, endpoint=False)).astype(int)
-        levels = schedule.levels_at(distilled[chosen].astype(np.float64))
+        timesteps = schedule.distilled_timesteps(num_inference_steps, self.original_inference_steps)
+        levels = schedule.levels_at(timesteps)
         # The boundary condition: at no noise, the network's answer is the sample itself.
         scaled = levels.timesteps * _TIMESTEP_SCALING
         skip = _SIGMA_DATA**2 / (scaled**2 + _SIGMA_DATA**2)

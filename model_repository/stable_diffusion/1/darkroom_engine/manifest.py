@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = 2
 
 
 class ManifestError(Exception):
@@ -39,6 +42,10 @@ class Manifest:
     latent_channels: int
     vae_scale_factor: int
     vae_scaling_factor: float
+    preview_matrix: NDArray[np.float32]
+    """(C, 3): with `preview_bias`, (3,), the colours in [-1, 1] that a latent of the denoising loop
+    is about to become, latents @ matrix + bias."""
+    preview_bias: NDArray[np.float32]
     noise_schedule: Mapping[str, Any]
     solver: Mapping[str, Any]
     tokenizer: Mapping[str, Any]
@@ -80,6 +87,8 @@ class Manifest:
                 latent_channels=document["latents"]["channels"],
                 vae_scale_factor=document["latents"]["vae_scale_factor"],
                 vae_scaling_factor=document["latents"]["vae_scaling_factor"],
+                preview_matrix=np.array(document["preview"]["matrix"], np.float32),
+                preview_bias=np.array(document["preview"]["bias"], np.float32),
                 noise_schedule=document["noise_schedule"],
                 solver=document["solver"],
                 tokenizer=document["tokenizer"],
@@ -87,12 +96,20 @@ class Manifest:
             )
         except json.JSONDecodeError as error:
             raise ManifestError(f"{path} is not JSON: {error}") from None
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ManifestError(f"{path}: {error} is missing or malformed") from None
         manifest._check()
         return manifest
 
     def _check(self) -> None:
+        for name, array, shape in (
+            ("matrix", self.preview_matrix, (self.latent_channels, 3)),
+            ("bias", self.preview_bias, (3,)),
+        ):
+            if array.shape != shape or not np.isfinite(array).all():
+                raise ManifestError(
+                    f"preview: {name} is {array.tolist()}, not finite numbers of shape {shape}"
+                )
         for name, network in self.networks.items():
             # Written so that an error that is not a number counts as unverified too.
             if not network.error <= network.tolerance:

@@ -27,13 +27,19 @@ class Networks(Protocol):
         `is_given_up` is asked again and again, and ends the waiting at once.
         """
 
-    def encode(self, input_ids: NDArray[np.int64]) -> Conditioning:
-        """Token ids (B, 77) to conditioning inputs of the UNet, each (B, ...)."""
+    def encode(self, input_ids: NDArray[np.int64], clip_skip: int) -> Conditioning:
+        """Token ids (B, 77) to conditioning inputs of the UNet, each (B, 77, ...).
+
+        `clip_skip` of the text encoder's last layers are left out, but for the last normalisation.
+        """
 
     def denoise(
         self, sample: NDArray[np.float32], timestep: NDArray[np.float32], conditioning: Conditioning
     ) -> NDArray[np.float32]:
-        """Sample (R, C, H, W), timestep (R,), conditioning (R, ...) to output (R, C, H, W)."""
+        """Sample (R, C, H, W), timestep (R,), conditioning (R, ...) to output (R, C, H, W).
+
+        The hidden states of the conditioning may have any length, in multiples of 77.
+        """
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         """Latents (B, C, H, W) as the VAE scales them to pixels (B, 3, 8H, 8W) in [-1, 1]."""
@@ -57,19 +63,25 @@ class TritonNetworks:
                     raise NetworkFailed(model, f"not ready within {timeout_s:g} s")
                 time.sleep(0.05)
 
-    def encode(self, input_ids: NDArray[np.int64]) -> Conditioning:
-        outputs = self._run("text_encoder", {"input_ids": input_ids})
-        return {"encoder_hidden_states": outputs["last_hidden_state"]}
+    def encode(self, input_ids: NDArray[np.int64], clip_skip: int) -> Conditioning:
+        inputs = {"input_ids": input_ids}
+        if clip_skip:
+            # (B, layers + 1, 77, C), the last of them `last_hidden_state`.
+            layers = self._run("text_encoder", inputs, "hidden_states")
+            hidden = layers[:, -(clip_skip + 1)]
+        else:
+            hidden = self._run("text_encoder", inputs, "last_hidden_state")
+        return {"encoder_hidden_states": hidden}
 
     def denoise(
         self, sample: NDArray[np.float32], timestep: NDArray[np.float32], conditioning: Conditioning
     ) -> NDArray[np.float32]:
         # Triton counts the batch apart from a tensor's own dimensions, of which timestep has one.
         inputs = {"sample": sample, "timestep": timestep[:, None], **conditioning}
-        return self._run("unet", inputs)["out_sample"]
+        return self._run("unet", inputs, "out_sample")
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._run("vae_decoder", {"latent_sample": latents})["sample"]
+        return self._run("vae_decoder", {"latent_sample": latents}, "sample")
 
     def _is_ready(self, model: str) -> bool:
         try:
@@ -77,11 +89,11 @@ class TritonNetworks:
         except self._pb_utils.TritonModelException:
             return False
 
-    def _run(self, network: str, inputs: dict[str, Array]) -> dict[str, NDArray[np.float32]]:
+    def _run(self, network: str, inputs: dict[str, Array], output: str) -> NDArray[np.float32]:
         pb_utils = self._pb_utils
         request = pb_utils.InferenceRequest(
             model_name=network,
-            requested_output_names=self._manifest.networks[network].outputs,
+            requested_output_names=[output],
             inputs=[
                 pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()
             ],
@@ -92,4 +104,6 @@ class TritonNetworks:
             raise NetworkFailed(network, str(error)) from error
         if response.has_error():
             raise NetworkFailed(network, response.error().message())
-        return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+        (tensor,) = response.output_tensors()
+        array: NDArray[np.float32] = tensor.as_numpy()
+        return array

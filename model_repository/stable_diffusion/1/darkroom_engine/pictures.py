@@ -12,6 +12,17 @@ from PIL.PngImagePlugin import PngInfo
 
 from darkroom_engine.request import ImageRequest
 
+_RARE: dict[str, Any] = {
+    "guidance_rescale": 0.0,
+    "guidance_start": 0.0,
+    "guidance_stop": 1.0,
+    "eta": None,
+    "timestep_spacing": None,
+    "clip_skip": 0,
+    "max_embeddings_multiples": 1,
+}
+"""Fields that the provenance names only where they differ from these."""
+
 
 def to_uint8(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
     """(3, H, W) in [-1, 1], clipped, to (H, W, 3) in 0 to 255."""
@@ -35,8 +46,19 @@ def encode(pixels: NDArray[np.uint8], output_format: str, provenance: dict[str, 
     return base64.b64encode(encoded) if output_format == "b64_png" else encoded
 
 
+def preview(
+    latents: NDArray[np.float32], matrix: NDArray[np.float32], bias: NDArray[np.float32]
+) -> bytes:
+    """Latents (C, H, W) to a JPEG of W x H pixels, by a linear map (C, 3) fitted to the VAE."""
+    pixels = np.einsum("chw,cr->rhw", latents, matrix) + bias[:, None, None]
+    buffer = BytesIO()
+    Image.fromarray(to_uint8(np.nan_to_num(pixels))).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
 def provenance(request: ImageRequest, seed: int, model: str, engine: str) -> dict[str, Any]:
     """All that it takes to make the picture again."""
+    rare = {name: getattr(request, name) for name in _RARE}
     return {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
@@ -46,6 +68,7 @@ def provenance(request: ImageRequest, seed: int, model: str, engine: str) -> dic
         "seed": seed,
         "width": request.width,
         "height": request.height,
+        **{name: value for name, value in rare.items() if value != _RARE[name]},
         "model": model,
         "engine": engine,
     }

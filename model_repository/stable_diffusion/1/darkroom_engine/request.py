@@ -3,15 +3,18 @@
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 
 from PIL import Image, UnidentifiedImageError
 
 from darkroom_engine.errors import InvalidRequest
+from darkroom_engine.schedule import TIMESTEP_SPACINGS
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_BYTES = 16_384
 OUTPUT_FORMATS = ("png", "jpeg", "webp", "b64_png")
+MAX_EMBEDDINGS_MULTIPLES = 4
 PRIORITIES = (-10, 10)
 
 Field = bytes | int | float
@@ -32,6 +35,7 @@ class Limits:
     max_num_inference_steps: int
     max_guidance_scale: float
     max_num_images_per_prompt: int
+    max_clip_skip: int
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,25 @@ class ImageRequest:
     negative_prompt: str
     num_inference_steps: int
     guidance_scale: float
+    guidance_rescale: float
+    """How far the guided prediction is brought back to the conditional one's contrast, 0 to 1."""
+    guidance_start: float
+    guidance_stop: float
+    """Guidance is on from the first to the second, as fractions of the steps."""
     seed: int
     """Of the first picture; picture k uses seed + k."""
     width: int
     height: int
     """Pixels."""
     sampler: str
+    eta: float | None
+    """How much noise the steps of `ddim` and `tcd` add; None is the sampler's default."""
+    timestep_spacing: str | None
+    """None is the checkpoint's own."""
+    clip_skip: int
+    """Layers of the text encoder that are left out at its end."""
+    max_embeddings_multiples: int
+    """Chunks of the text encoder's length that a prompt may take."""
     num_images_per_prompt: int
     priority: int
     """Larger goes first."""
@@ -55,15 +72,19 @@ class ImageRequest:
     """Counted from the arrival of the request; None waits for ever."""
     output_format: str
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether classifier-free guidance needs the unconditional prediction too."""
-        return self.guidance_scale > 1
+    @cached_property
+    def guided_steps(self) -> range:
+        """The steps, counted from 0, at which classifier-free guidance is on.
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of the UNet call that each picture takes."""
-        return 2 if self.is_guided else 1
+        The interval of Kynkaanniemi et al. 2024 (arXiv:2404.07724), in fractions as diffusers'
+        guiders count them.
+        """
+        if self.guidance_scale <= 1:
+            return range(0)
+        # The fractions arrive as float32: 0.7 of 10 steps is not to be 6 for its last decimal.
+        count = self.num_inference_steps
+        first, last = (round(f * count, 4) for f in (self.guidance_start, self.guidance_stop))
+        return range(int(first), int(last))
 
     @classmethod
     def parse(cls, fields: Mapping[str, Field], limits: Limits) -> "ImageRequest":
@@ -83,6 +104,7 @@ class ImageRequest:
         _refuse_pictures(read)
         num_images = read.integer("num_images_per_prompt", 1, 1, limits.max_num_images_per_prompt)
         last_seed = MAX_SEED - (num_images - 1)
+        guidance_start = read.number("guidance_start", 0.0, 0.0, 1.0)
         return cls(
             prompt=read.text("prompt", ""),
             negative_prompt=read.text("negative_prompt", ""),
@@ -95,11 +117,24 @@ class ImageRequest:
             guidance_scale=read.number(
                 "guidance_scale", limits.default_guidance_scale, 0.0, limits.max_guidance_scale
             ),
+            guidance_rescale=read.number("guidance_rescale", 0.0, 0.0, 1.0),
+            guidance_start=guidance_start,
+            guidance_stop=read.number("guidance_stop", 1.0, guidance_start, 1.0),
             # 32 bits: what the noise generator distinguishes, see noise.py.
             seed=read.integer("seed", secrets.randbits(32), 0, last_seed),
             width=read.size("width", limits.default_width, limits),
             height=read.size("height", limits.default_height, limits),
             sampler=read.choice("sampler", limits.samplers[0], limits.samplers),
+            eta=read.number("eta", 0.0, 0.0, 1.0) if "eta" in fields else None,
+            timestep_spacing=(
+                read.choice("timestep_spacing", "", TIMESTEP_SPACINGS)
+                if "timestep_spacing" in fields
+                else None
+            ),
+            clip_skip=read.integer("clip_skip", 0, 0, limits.max_clip_skip),
+            max_embeddings_multiples=read.integer(
+                "max_embeddings_multiples", 1, 1, MAX_EMBEDDINGS_MULTIPLES
+            ),
             num_images_per_prompt=num_images,
             priority=read.integer("priority", 0, *PRIORITIES),
             timeout_ms=(

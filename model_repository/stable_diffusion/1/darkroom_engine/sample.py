@@ -25,7 +25,8 @@ class Sample:
     """(C, H / 8, W / 8): all that two samples must share to share a UNet call."""
     step: int = 0
     """Steps done."""
-    # Set by the engine when the sample is admitted.
+    is_started: bool = False
+    """Whether the engine has set the rest, which it does before the first step."""
     noise: GaussianNoise = field(init=False)
     state: NDArray[np.float32] = field(init=False)
     conditional: Conditioning = field(init=False)
@@ -36,8 +37,25 @@ class Sample:
         return self.job.request.seed + self.index
 
     @property
+    def is_guided(self) -> bool:
+        """Whether the next step takes the unconditional prediction too."""
+        return self.step in self.job.request.guided_steps
+
+    @property
     def num_rows(self) -> int:
-        return self.job.request.num_rows
+        """Rows that the next step takes."""
+        return 2 if self.is_guided else 1
+
+    @property
+    def num_row_steps(self) -> int:
+        """Rows of all steps that are left."""
+        guided = self.job.request.guided_steps
+        first = max(guided.start, self.step)
+        return self.num_steps_left + max(0, guided.stop - first)
+
+    @property
+    def num_steps_left(self) -> int:
+        return self.table.num_steps - self.step
 
     @property
     def timestep(self) -> float:

@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+
+
+class TooManySteps(ValueError):
+    """A distilled checkpoint was asked for more steps than it was distilled on."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         for key, value, allowed in (
             ("prediction_type", self.prediction_type, PREDICTION_TYPES),
-            ("timestep_spacing", self.timestep_spacing, ("linspace", "leading", "trailing")),
+            ("timestep_spacing", self.timestep_spacing, TIMESTEP_SPACINGS),
         ):
             if value not in allowed:
                 raise ValueError(f"{key}: {value!r} is not one of {', '.join(allowed)}")
@@ -119,6 +124,21 @@ class NoiseSchedule:
             stride = total // count
             return (np.arange(count - 1, -1, -1) * stride + self.steps_offset).astype(np.float64)
         return np.arange(total, 0, -total / count).round()[:count] - 1
+
+    def distilled_timesteps(
+        self, num_inference_steps: int, original_inference_steps: int
+    ) -> Floats:
+        """The timesteps of a consistency sampler, descending: some of those distilled on.
+
+        Raises:
+            TooManySteps: the distillation had fewer, `original_inference_steps`.
+        """
+        count, total = num_inference_steps, original_inference_steps
+        if count > total:
+            raise TooManySteps(f"{count} is out of range, allowed are 1 to {total}")
+        stride = len(self.train_sigmas) // total
+        chosen: Floats = np.floor(np.linspace(0, total, count, endpoint=False))
+        return (total - chosen) * stride - 1
 
     def _spaced_timesteps(self, num_inference_steps: int) -> Floats:
         total, count = len(self.train_sigmas), num_inference_steps

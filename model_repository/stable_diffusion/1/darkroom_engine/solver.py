@@ -7,7 +7,7 @@ in variance-preserving scale, x_t = alpha_t x_0 + sigma_t eps, whatever scale a 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -41,9 +41,15 @@ class SolverTable:
     """The starting sample is this times unit noise."""
     is_stochastic: bool = False
     """Whether every step takes unit noise of its own, to be put into the stack before it."""
+    preview: Floats = field(default_factory=lambda: np.array([0.0, 1.0]))
+    """(S, 2) weights of LAST and PREDICTION + 1, as a step leaves them, in its predicted x_0.
+
+    Or (2,) for all steps; the default is that of solvers that work with x_0.
+    """
 
     def __post_init__(self) -> None:
-        weights = (self.convert, self.correct, self.advance)
+        object.__setattr__(self, "preview", np.broadcast_to(self.preview, (self.num_steps, 2)))
+        weights = (self.convert, self.correct, self.advance, self.preview)
         if not all(np.isfinite(weight).all() for weight in weights):
             raise ValueError(
                 "the solver has no finite coefficients for this schedule: a last step of order 2 "
@@ -92,6 +98,23 @@ def advance(
     states[:, LAST] = corrected.reshape(outputs.shape)
     states[:, SAMPLE] = following.reshape(outputs.shape)
     return states
+
+
+def predicted_x0(state: NDArray[Any], table: SolverTable, step: int) -> NDArray[Any]:
+    """The x_0 that the UNet predicted at `step`, counted from 0, for a preview.
+
+    A solver that works with noise says what x_0 that noise leaves of the corrected x_t, the UNet
+    having seen the uncorrected one.
+
+    Args:
+        state: (NUM_TERMS, C, H, W), as `advance` by that step left it.
+
+    Returns:
+        (C, H, W), a copy.
+    """
+    last, newest = table.preview[step].astype(state.dtype)
+    x0: NDArray[Any] = last * state[LAST] + newest * state[PREDICTION + 1]
+    return x0
 
 
 def uncorrected(num_steps: int) -> Floats:

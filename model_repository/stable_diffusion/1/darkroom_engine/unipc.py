@@ -45,6 +45,10 @@ class UniPC:
         if self.solver_type not in ("bh1", "bh2"):
             raise ValueError(f"solver_type: {self.solver_type!r} is not bh1 or bh2")
 
+    @property
+    def has_own_timesteps(self) -> bool:
+        return self.use_karras_sigmas
+
     def table(self, schedule: NoiseSchedule, num_inference_steps: int) -> SolverTable:
         """The coefficients of `num_inference_steps` steps on `schedule`.
 
@@ -78,6 +82,7 @@ class UniPC:
             convert=self._convert(levels, schedule.prediction_type),
             correct=correct,
             advance=advance,
+            preview=np.array([0, 1]) if self.predict_x0 else x0_weights(levels, "epsilon"),
         )
 
     def _order(self, step: int, num_steps: int) -> int:

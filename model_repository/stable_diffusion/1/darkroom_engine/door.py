@@ -1,0 +1,115 @@
+"""The engine's second door: a Unix socket for the models beside it, see `darkroom_wire`."""
+
+import contextlib
+import logging
+import threading
+from multiprocessing.connection import Connection, Listener
+from typing import Any
+
+import darkroom_wire as wire
+from darkroom_engine.engine import Engine
+from darkroom_engine.errors import EngineError
+from darkroom_engine.job import JobResult
+
+BACKLOG = 128
+
+logger = logging.getLogger(__name__)
+
+
+class Door:
+    """Takes requests from the socket; a connection is one request, and its end cancels it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        wire.make_runtime_dir()
+        self._path = wire.socket_path()
+        # Left behind by a process that was killed.
+        self._path.unlink(missing_ok=True)
+        self._listener = Listener(str(self._path), family="AF_UNIX", backlog=BACKLOG)
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="door", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take no more connections; those that are open go on."""
+        self._is_closing = True
+        # Accepting cannot be interrupted but by a connection.
+        with contextlib.suppress(OSError):
+            wire.connect().close()
+        self._thread.join()
+        self._listener.close()
+
+    def _run(self) -> None:
+        while not self._is_closing:
+            try:
+                connection = self._listener.accept()
+            except OSError:
+                if not self._is_closing:
+                    logger.exception("a connection to the engine's socket failed")
+                continue
+            visitor = Visitor(self._engine, connection)
+            threading.Thread(target=visitor.serve, name="visitor", daemon=True).start()
+
+
+class Visitor:
+    """One connection: reads the request on a thread of its own, then waits for the other's end."""
+
+    def __init__(self, engine: Engine, connection: Connection) -> None:
+        self._engine = engine
+        self._connection = connection
+        # Sending and closing exclude each other: a closed connection's number may be another's.
+        self._lock = threading.Lock()
+        self._has_left = False
+        self.preview_interval = 0
+
+    def serve(self) -> None:
+        try:
+            header, blobs = wire.receive(self._connection)
+            if header["op"] == "cancel":
+                self._cancel(header["request_id"])
+            else:
+                self._ask(header, blobs)
+            # Nothing more comes but the end, after the answer or before it.
+            wire.receive(self._connection)
+        except (EOFError, OSError):
+            pass
+        except Exception:
+            logger.exception("this is a bug")
+        finally:
+            with self._lock:
+                self._has_left = True
+                self._connection.close()
+
+    def on_event(self, event: dict[str, Any], preview: bytes | None) -> None:
+        self._send({"event": event}, [] if preview is None else [preview])
+
+    def _ask(self, header: wire.Header, blobs: list[bytes]) -> None:
+        self.preview_interval = header["preview_interval"]
+        self._engine.ask(
+            wire.unpack_fields(header, blobs),
+            self._reply,
+            request_id=header["request_id"],
+            is_abandoned=lambda: self._has_left,
+            listener=self,
+        )
+
+    def _cancel(self, request_id: str) -> None:
+        try:
+            self._send({"cancelled": self._engine.cancel(request_id)})
+        except EngineError as error:
+            self._reply(error)
+
+    def _reply(self, answer: JobResult | EngineError) -> None:
+        if isinstance(answer, EngineError):
+            self._send({"error": str(answer), "code": answer.code})
+        else:
+            end = {"event": {"type": "done"}, "seeds": answer.seeds, "info": answer.info}
+            self._send(end, answer.pictures)
+
+    def _send(self, header: wire.Header, blobs: list[bytes] | None = None) -> None:
+        # That the other has left is noticed where this connection is read.
+        with self._lock, contextlib.suppress(OSError):
+            if not self._has_left:
+                wire.send(self._connection, header, blobs)

@@ -1,0 +1,126 @@
+"""Networks that outlive the processes they run in."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from darkroom_engine.errors import NetworkFailed
+from darkroom_engine.manifest import Manifest
+from darkroom_engine.networks import Networks
+from darkroom_engine.sample import Conditioning
+
+RETRY_S = 0.1
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+Shape = tuple[int, int, int]
+
+
+class SteadyNetworks:
+    """Any `Networks`, warmed up, and patient: a call that failed is made once more.
+
+    In between, a small call is tried until the network answers it, because a process that died
+    takes seconds to be replaced. Samples lose nothing by that: their state is the engine's, and
+    it changes only when a step has succeeded.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        manifest: Manifest,
+        heal_timeout_s: float,
+        on_failure: Callable[[str], None],
+    ) -> None:
+        """Wrap `networks`.
+
+        Args:
+            heal_timeout_s: how long a call waits for a network that is away.
+            on_failure: called with the name of a network whose call failed.
+        """
+        self._networks = networks
+        self._manifest = manifest
+        self._heal_timeout_s = heal_timeout_s
+        self._on_failure = on_failure
+        self._is_given_up: Callable[[], bool] = lambda: False
+        size = int(manifest.limits["min_size"]) // manifest.vae_scale_factor
+        self.smallest_shape = (manifest.latent_channels, size, size)
+        self._input_ids = np.zeros((1, manifest.tokenizer["max_length"]), np.int64)
+        self._conditioning: Conditioning = {}
+
+    def wait_until_ready(self, timeout_s: float, is_given_up: Callable[[], bool]) -> None:
+        """As `Networks.wait_until_ready`; also makes the first call of each network.
+
+        Raises:
+            NetworkFailed: a network is not there, fails, or makes something of another shape.
+        """
+        networks, shape = self._networks, self.smallest_shape
+        self._is_given_up = is_given_up
+        networks.wait_until_ready(timeout_s, is_given_up)
+        rows = networks.encode(self._input_ids, 0)
+        self._conditioning = {name: np.array(row[0]) for name, row in rows.items()}
+        self.denoise_blank(1, shape)
+        pixels = networks.decode(np.zeros((1, *shape), np.float32))
+        factor = self._manifest.vae_scale_factor
+        expected = (1, 3, shape[1] * factor, shape[2] * factor)
+        if pixels.shape != expected:
+            raise NetworkFailed("vae_decoder", f"made {pixels.shape}, expected {expected}")
+
+    def denoise_blank(self, num_rows: int, shape: Shape) -> None:
+        """A UNet call of that size whose output nobody needs."""
+        latents = np.zeros((num_rows, *shape), np.float32)
+        conditioning = {
+            name: np.stack([row] * num_rows) for name, row in self._conditioning.items()
+        }
+        output = self._networks.denoise(latents, np.zeros(num_rows, np.float32), conditioning)
+        if output.shape != latents.shape:
+            raise NetworkFailed("unet", f"made {output.shape} of {latents.shape}")
+
+    def encode(self, input_ids: NDArray[np.int64], clip_skip: int) -> Conditioning:
+        return self._twice(
+            lambda: self._networks.encode(input_ids, clip_skip),
+            lambda: self._networks.encode(self._input_ids, 0),
+        )
+
+    def denoise(
+        self, sample: NDArray[np.float32], timestep: NDArray[np.float32], conditioning: Conditioning
+    ) -> NDArray[np.float32]:
+        return self._twice(
+            lambda: self._networks.denoise(sample, timestep, conditioning),
+            lambda: self.denoise_blank(1, self.smallest_shape),
+        )
+
+    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._twice(
+            lambda: self._networks.decode(latents),
+            lambda: self._networks.decode(np.zeros((1, *self.smallest_shape), np.float32)),
+        )
+
+    def _twice(self, call: Callable[[], Answer], probe: Callable[[], object]) -> Answer:
+        try:
+            return call()
+        except NetworkFailed as error:
+            self._on_failure(error.network)
+            logger.warning("%s; trying once more", error)
+            self._wait_until_answered(probe, error)
+        try:
+            return call()
+        except NetworkFailed as error:
+            self._on_failure(error.network)
+            raise
+
+    def _wait_until_answered(self, probe: Callable[[], object], error: NetworkFailed) -> None:
+        give_up_at = time.monotonic() + self._heal_timeout_s
+        while True:
+            try:
+                probe()
+            except NetworkFailed:
+                if self._is_given_up() or time.monotonic() > give_up_at:
+                    raise error from None
+                time.sleep(RETRY_S)
+            else:
+                return
