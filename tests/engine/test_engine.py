@@ -271,6 +271,16 @@ def test_nan_is_an_error_that_names_the_step_and_hits_its_own_request_only(
     assert healthy.result(WAIT_S).pictures[0] == expected
 
 
+def test_decoding_between_the_steps_makes_the_same_pictures(
+    make_engine: Callable[..., Harness],
+) -> None:
+    beside, between = make_engine(), make_engine(overlap_decode=0)
+    expected = [beside.picture(seed=seed) for seed in range(3)]
+
+    assert [between.picture(seed=seed) for seed in range(3)] == expected
+    assert between.ask(num_images_per_prompt=3).result(WAIT_S).pictures == expected
+
+
 def test_close_answers_everything_that_is_left(make_engine: Callable[..., Harness]) -> None:
     harness = make_engine(max_rows=2)
     hold(harness, num_inference_steps=60)

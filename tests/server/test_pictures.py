@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc
 from PIL import Image
 from server_checkpoint import CHECKPOINT
 
@@ -16,12 +19,21 @@ from darkroom import AsyncClient, Client, Picture
 from darkroom.server import Server
 from shapes.classify import classify
 
+SAMPLERS = (
+    *("unipc", "dpmpp_2m_karras", "euler", "dpmpp_2m_sde", "ddim", "lcm", "euler_ancestral", "tcd"),
+    *("dpmpp_sde", "unipc_karras", "dpmpp_2m"),
+)
+
 REQUESTS: list[dict[str, Any]] = [
     {
         "prompt": f"a large {colour} {shape} on a {background} background",
         "num_inference_steps": 4 + (36 * n) // 15,
         "guidance_scale": [0.0, 1.0, 7.0][n % 3],
         "seed": n,
+        "sampler": SAMPLERS[n % len(SAMPLERS)],
+        "guidance_rescale": [0.0, 0.7][n % 4 == 1],
+        "guidance_stop": [1.0, 0.6][n % 5 == 2],
+        "clip_skip": [0, 1][n % 7 == 3],
     }
     for n, (colour, shape, background) in enumerate(
         [
@@ -52,6 +64,28 @@ def test_concurrent_requests_make_their_solo_pictures(client: Client) -> None:
     for fields, alone, crowded in zip(REQUESTS, solo, together, strict=True):
         assert crowded.seed == fields["seed"]
         assert np.abs(levels(alone) - levels(crowded)).max() <= 1, fields
+
+
+def test_a_picture_is_the_same_after_a_reload(server: Server, client: Client) -> None:
+    request = {"prompt": "a red circle", "seed": 2, "sampler": "euler_ancestral"}
+    before = client.generate(**request)
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as triton:
+        triton.unload_model("stable_diffusion")
+        wait_until(lambda: not triton.is_model_ready("stable_diffusion"))
+        triton.load_model("stable_diffusion")
+
+    assert client.generate(**request).encoded == before.encoded
+    # The other faces find the new engine.
+    *_, done = client.stream(**request)
+    assert done.pictures[0].encoded == before.encoded
+    assert not client.cancel("nobody")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    give_up_at = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.05)
 
 
 def test_equal_requests_at_once_make_equal_pictures(client: Client) -> None:
@@ -102,6 +136,80 @@ def test_the_picture_is_that_of_the_diffusers_pipeline(
     served = client.generate(**fields, seed=123)
 
     assert np.abs(levels(expected) - levels(served)).mean() <= 1
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "config", "fields"),
+    [
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", {}, {}),
+        ("dpmpp_2m_karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, {}),
+        ("euler", "EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, {}),
+        ("euler_ancestral", "EulerAncestralDiscreteScheduler", {}, {"guidance_rescale": 0.7}),
+        ("ddim", "DDIMScheduler", {"timestep_spacing": "trailing"}, {"eta": 0.7}),
+        ("tcd", "TCDScheduler", {}, {"eta": 0.3, "guidance_scale": 1.0}),
+    ],
+)
+def test_the_pictures_of_other_samplers_are_those_of_diffusers(
+    client: Client, sampler: str, scheduler: str, config: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    import diffusers
+    import torch
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(CHECKPOINT).to(torch.float32)
+    options = {**config, **({"clip_sample": False} if sampler == "ddim" else {})}
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(
+        pipeline.scheduler.config, **options
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    request = {
+        "prompt": "a large yellow square on a black background",
+        "num_inference_steps": 8,
+        "guidance_scale": 5.0,
+        **fields,
+    }
+    generator = torch.Generator("cpu").manual_seed(4)
+    expected = pipeline(**request, generator=generator).images[0]
+
+    spacing = config.get("timestep_spacing")
+    served = client.generate(**request, sampler=sampler, timestep_spacing=spacing, seed=4)
+
+    assert np.abs(levels(expected) - levels(served)).mean() <= 1
+
+
+def test_a_weight_moves_the_picture_and_a_weight_of_one_does_not(client: Client) -> None:
+    fields = {"seed": 1, "num_inference_steps": 8}
+    plain, one, heavy, literal = (
+        client.generate(prompt, **fields)
+        for prompt in (
+            "a large red circle",
+            "a large (red:1.0) circle",
+            "a large (red:1.6) circle",
+            r"a large \(red\) circle",
+        )
+    )
+
+    assert (levels(plain) == levels(one)).all()
+    for other in (heavy, literal):
+        assert (levels(plain) != levels(other)).any()
+
+
+def test_a_long_prompt_is_read_whole_on_request(client: Client) -> None:
+    """What lies beyond the first 75 tokens counts only then."""
+    padding = "a small picture " * 30
+    fields = {"seed": 1, "num_inference_steps": 8}
+    cut, whole = (
+        [client.generate(padding + end, **fields, max_embeddings_multiples=n) for end in ENDS]
+        for n in (1, 4)
+    )
+
+    assert (levels(cut[0]) == levels(cut[1])).all()
+    assert (levels(whole[0]) != levels(whole[1])).any()
+    assert cut[0].notes
+    assert not whole[0].notes
+
+
+ENDS = ("a large red circle", "a large blue square")
 
 
 @pytest.mark.parametrize(

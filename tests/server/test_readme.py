@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""What the README and the docs show works as it stands there."""
 
 import re
 import subprocess
@@ -8,12 +8,19 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from darkroom import Client, InvalidRequest
 from darkroom.server import Server
+from darkroom_engine import METRICS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+PRODUCTION = (ROOT / "docs" / "production.md").read_text()
 CONFIG = ROOT / "model_repository" / "stable_diffusion" / "config.pbtxt"
-BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", README, re.DOTALL)
+BLOCKS = [
+    (language, code)
+    for language, code in re.findall(r"```(python|bash)\n(.*?)```", README + PRODUCTION, re.DOTALL)
+    if ".png" in code
+]
 
 
 def test_there_are_examples_of_every_way_to_ask() -> None:
@@ -43,3 +50,18 @@ def test_the_table_of_inputs_is_complete() -> None:
 
     for name in re.findall(r'\{ name: "(\w+)" data_type', inputs):
         assert f"`{name}`" in README
+
+
+def test_the_table_of_samplers_is_complete(client: Client) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        client.generate("a red circle", sampler="?")
+
+    for name in str(caught.value).partition("there are ")[2].split(", "):
+        assert f"`{name.removesuffix('_karras')}`" in README
+
+
+def test_the_table_of_metrics_is_complete() -> None:
+    for metric in METRICS:
+        assert re.search(
+            rf"^\| `{metric.name}` \| {metric.kind.lower()} \|", PRODUCTION, re.MULTILINE
+        )

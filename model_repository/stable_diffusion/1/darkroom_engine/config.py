@@ -17,6 +17,8 @@ class EngineConfig:
     """Pictures that may wait; one more is refused at once."""
     max_decode_rows: int = 1
     """Pictures decoded by one call of the VAE decoder."""
+    overlap_decode: int = 1
+    """1 decodes beside the steps of other pictures; 0 between them, which takes less memory."""
     warmup_rows: int = 2
     """The networks are warmed up with every batch size from 1 to this before the first request."""
     prompt_cache_bytes: int = 64 * 2**20
@@ -61,6 +63,7 @@ _RANGES = {
     "max_rows": (2, 1024),
     "max_queue_size": (1, 1_000_000),
     "max_decode_rows": (1, 1024),
+    "overlap_decode": (0, 1),
     "warmup_rows": (0, 1024),
     "prompt_cache_bytes": (0, 2**40),
     "seconds_per_priority": (0, 86_400),

@@ -28,11 +28,15 @@ class Developer:
         max_decode_rows: int,
         pace: Pace,
         record: Record,
+        *,
+        is_overlapped: bool,
     ) -> None:
+        """Decode up to `max_decode_rows` samples a call, beside the steps if `is_overlapped`."""
         self._networks = networks
         self._manifest = manifest
         self._max_decode_rows = max_decode_rows
         self._pace = pace
+        self._is_overlapped = is_overlapped
         self._record = record
         self._finished: queue.SimpleQueue[Sample | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="developer", daemon=True)
@@ -41,6 +45,9 @@ class Developer:
         self._thread.start()
 
     def submit(self, samples: list[Sample]) -> None:
+        if not self._is_overlapped:
+            self._develop_all(samples)
+            return
         for sample in samples:
             self._finished.put(sample)
 
@@ -56,9 +63,11 @@ class Developer:
             while not self._finished.empty():
                 arrived.append(self._finished.get())
             is_open = None not in arrived
-            samples = [sample for sample in arrived if sample is not None]
-            while samples:
-                samples = self._develop_some(samples)
+            self._develop_all([sample for sample in arrived if sample is not None])
+
+    def _develop_all(self, samples: list[Sample]) -> None:
+        while samples:
+            samples = self._develop_some(samples)
 
     def _develop_some(self, samples: list[Sample]) -> list[Sample]:
         """Develop up to `max_decode_rows` samples of the first one's shape; returns the others."""

@@ -80,7 +80,12 @@ class Engine:
             self.max_rows, config.max_queue_size, config.seconds_per_priority, self._pace
         )
         self._developer = Developer(
-            self._networks, manifest, config.max_decode_rows, self._pace, record
+            self._networks,
+            manifest,
+            config.max_decode_rows,
+            self._pace,
+            record,
+            is_overlapped=bool(config.overlap_decode),
         )
         self._reporter = Reporter(manifest, lambda n: record(metrics.DROPPED_EVENTS, n, ""))
         self._watcher = Watcher()
