@@ -3,10 +3,13 @@
 >>> from darkroom import Client
 >>> with Client("localhost:8001") as client:                    # doctest: +SKIP
 ...     client.generate("a large red circle", seed=1).save("circle.png")
+...     for event in client.stream("a large red circle", seed=1):
+...         print(event)
 """
 
-from darkroom.aio import AsyncClient
-from darkroom.client import Client
+from darkroom.aio import AsyncClient, AsyncEventStream
+from darkroom.client import Client, EventStream
+from darkroom.events import Done, Event, Preview, Queued, Step
 from darkroom.exceptions import (
     DarkroomError,
     InvalidRequest,
@@ -21,16 +24,23 @@ from darkroom.protocol import Options
 
 __all__ = [
     "AsyncClient",
+    "AsyncEventStream",
     "Client",
     "DarkroomError",
+    "Done",
+    "Event",
+    "EventStream",
     "InvalidRequest",
     "Options",
     "Picture",
+    "Preview",
     "QueueFull",
+    "Queued",
     "RequestCancelled",
     "RequestTimeout",
     "ServerError",
     "ServerUnavailable",
+    "Step",
     "__version__",
 ]
 

@@ -2,12 +2,17 @@
 
 * DarkroomError
   x InvalidRequest      a field is malformed or out of range; also a ValueError
-  x QueueFull           the server refused the request because too many wait; retrying later helps
+  x QueueFull           the server has too much to do; retrying after `retry_after_s` helps
   x RequestTimeout      the answer did not come in time; also a TimeoutError
   x RequestCancelled    the request was cancelled
   x ServerUnavailable   no server answers at the address; also a ConnectionError
   x ServerError         the server failed at a valid request
 """
+
+import re
+from collections.abc import Container
+
+_RETRY_AFTER = re.compile(r"\bretry_after_ms: (\d+)")
 
 
 class DarkroomError(Exception):
@@ -21,9 +26,15 @@ class InvalidRequest(DarkroomError, ValueError):
 
 
 class QueueFull(DarkroomError):
-    """The server's waiting queue is full."""
+    """The server's waiting queue is full, or too long to keep the request's `timeout_ms`."""
 
     is_retryable = True
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds after which the server expects to have room; None if it does not say."""
+        match = _RETRY_AFTER.search(str(self))
+        return int(match[1]) / 1000 if match else None
 
 
 class RequestTimeout(DarkroomError, TimeoutError):
@@ -48,11 +59,26 @@ def from_status(status: str | None, message: str) -> DarkroomError:
     """The error for a status of Triton: a gRPC code's name, or an HTTP status as text."""
     code = (status or "").removeprefix("StatusCode.")
     # Triton has one code for both of these pairs, so that the text must tell them apart.
-    if code in ("UNAVAILABLE", "503") and "queue is full" in message:
+    if code in ("UNAVAILABLE", "503") and (
+        "queue is full" in message or _RETRY_AFTER.search(message)
+    ):
         return QueueFull(message)
     if code in ("CANCELLED", "499") and "timeout_ms" in message:
         return RequestTimeout(message)
     return _ERRORS.get(code, ServerError)(message)
+
+
+def from_message(message: str, fields: Container[str]) -> DarkroomError:
+    """The error for a message that came without its status, as errors do in Triton's streams.
+
+    Args:
+        fields: the names of the inputs; a message that begins with one is about that field.
+    """
+    for pattern, status in _TELLING:
+        if pattern.search(message):
+            return from_status(status, message)
+    field, colon, _ = message.partition(":")
+    return InvalidRequest(message) if colon and field in fields else ServerError(message)
 
 
 _ERRORS: dict[str, type[DarkroomError]] = {
@@ -68,3 +94,12 @@ _ERRORS: dict[str, type[DarkroomError]] = {
     "CANCELLED": RequestCancelled,
     "499": RequestCancelled,
 }
+
+# In this order: what is said of timeout_ms is not always that its value is wrong.
+_TELLING = (
+    (re.compile(r"^timeout_ms: \d+ ran out"), "CANCELLED"),
+    (_RETRY_AFTER, "UNAVAILABLE"),
+    (re.compile(r"^Request for unknown model"), "NOT_FOUND"),
+    (re.compile(r"^the (engine|server) (is not running|is stopping|stopped)"), "UNAVAILABLE"),
+    (re.compile(r"^the request was cancelled"), "CANCELLED"),
+)

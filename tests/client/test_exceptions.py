@@ -1,4 +1,4 @@
-"""Each status of Triton has its exception, and each exception its place in Python's tree."""
+"""Each status and message of Triton has its exception, and that its place in Python's tree."""
 
 import pickle
 
@@ -14,9 +14,10 @@ from darkroom import (
     ServerError,
     ServerUnavailable,
 )
-from darkroom.exceptions import from_status
+from darkroom.exceptions import from_message, from_status
 
-FULL = "the queue is full: 9 pictures are waiting, 9 may wait; try again later"
+FULL = "the queue is full: 9 pictures are waiting, 9 may wait; retry_after_ms: 850"
+HOPELESS = "timeout_ms: 500 cannot be kept, about 3200 ms of work are ahead; retry_after_ms: 2700"
 EXPIRED = "timeout_ms: 50 ran out"
 
 
@@ -27,12 +28,15 @@ EXPIRED = "timeout_ms: 50 ran out"
         (("NOT_FOUND", "404"), "unknown model", ServerUnavailable),
         (("UNAVAILABLE", "503"), "failed to connect", ServerUnavailable),
         (("UNAVAILABLE", "503"), FULL, QueueFull),
+        (("UNAVAILABLE", "503"), HOPELESS, QueueFull),
+        (("UNAVAILABLE", "503"), "the queue is full", QueueFull),
         (("DEADLINE_EXCEEDED", "Deadline Exceeded", "504"), "too late", RequestTimeout),
         (("CANCELLED", "499"), "the request was cancelled", RequestCancelled),
         (("CANCELLED", "499"), EXPIRED, RequestTimeout),
         (("INTERNAL", "500"), "unet failed: out of memory", ServerError),
         # The telling words of a text count only with their own status.
         (("INTERNAL", "500"), FULL, ServerError),
+        (("CANCELLED", "499"), FULL, RequestCancelled),
         (("INVALID_ARGUMENT", "400"), "timeout_ms: 0 is out of range", InvalidRequest),
         (("DATA_LOSS", "418", "", "no status at all"), "whatever", ServerError),
     ],
@@ -50,6 +54,40 @@ def test_status_to_exception(
 
 def test_no_status_is_a_server_error() -> None:
     assert type(from_status(None, "whatever")) is ServerError
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (EXPIRED, RequestTimeout),
+        (FULL, QueueFull),
+        (HOPELESS, QueueFull),
+        ("timeout_ms: 0 is out of range, allowed are 1 to 2147483647", InvalidRequest),
+        ("width: 3 is out of range", InvalidRequest),
+        ("the request was cancelled", RequestCancelled),
+        ("Request for unknown model: 'sdxl' is not found", ServerUnavailable),
+        ("the engine is not running: no such file", ServerUnavailable),
+        ("the engine stopped before the picture was done", ServerUnavailable),
+        ("the server is stopping", ServerUnavailable),
+        ("unet failed: out of memory", ServerError),
+        ("unet: the request was cancelled", ServerError),
+        ("width", ServerError),
+        ("", ServerError),
+    ],
+)
+def test_a_message_alone_tells_its_exception(message: str, expected: type[DarkroomError]) -> None:
+    error = from_message(message, {"width", "timeout_ms"})
+
+    assert type(error) is expected
+    assert str(error) == message
+
+
+@pytest.mark.parametrize(
+    ("message", "seconds"),
+    [(FULL, 0.85), (HOPELESS, 2.7), ("the queue is full", None), ("retry_after_ms: soon", None)],
+)
+def test_a_full_queue_tells_when_to_come_back(message: str, seconds: float | None) -> None:
+    assert QueueFull(message).retry_after_s == seconds
 
 
 @pytest.mark.parametrize(
@@ -84,3 +122,4 @@ def test_errors_survive_pickling() -> None:
 
     assert type(error) is QueueFull
     assert str(error) == FULL
+    assert error.retry_after_s == 0.85

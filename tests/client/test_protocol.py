@@ -1,17 +1,26 @@
-"""Fields become typed tensors or are refused by name; answers become pictures or a ServerError."""
+"""Fields become typed tensors, and those Triton's messages, or are refused by name."""
 
 import json
 from typing import Any
 
 import numpy as np
 import pytest
-import tritonclient.grpc
-from fake_triton import INFO, encode_picture, paint
-from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
-from darkroom import InvalidRequest, ServerError
-from darkroom.protocol import build_inputs, build_outputs, fields, parse
+from darkroom import InvalidRequest, Options
+from darkroom.protocol import (
+    Request,
+    cancel_request,
+    fields,
+    generate_request,
+    stream_request,
+    to_grpc,
+    to_json,
+)
+
+
+def ask(options: Options, prompt: Any = "a cat", count: Any = None) -> Request:
+    return generate_request("sd", prompt, count, "an-id", options)
 
 
 def test_what_is_left_out_is_not_sent() -> None:
@@ -48,25 +57,114 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_options(option: str) -
 
 
 def test_inputs_have_the_servers_types() -> None:
-    options = {"negative_prompt": "ein Bär ☃", "seed": 2**63 - 1, "guidance_scale": 7.5, "width": 8}
-    tensors = build_inputs(tritonclient.grpc, fields("a cat", 2, options))
+    options: Options = {
+        "negative_prompt": "ein Bär ☃",
+        "seed": 2**63 - 1,
+        "guidance_scale": 7.5,
+        "width": 8,
+        "eta": 1,
+        "timestep_spacing": "trailing",
+        "clip_skip": 1,
+    }
+    message = to_grpc(ask(options, count=2))
 
     sent = {}
-    for tensor in tensors:
-        assert tensor.shape() == [1]
-        raw = tensor._get_content()
-        if tensor.datatype() == "BYTES":
-            sent[tensor.name()] = deserialize_bytes_tensor(raw)[0]
+    for entry, raw in zip(message.inputs, message.raw_input_contents, strict=True):
+        assert entry.shape == [1]
+        if entry.datatype == "BYTES":
+            sent[entry.name] = deserialize_bytes_tensor(raw)[0]
         else:
-            sent[tensor.name()] = np.frombuffer(raw, triton_to_np_dtype(tensor.datatype()))[0]
+            sent[entry.name] = np.frombuffer(raw, triton_to_np_dtype(entry.datatype))[0]
     assert sent == {
         "prompt": b"a cat",
         "negative_prompt": "ein Bär ☃".encode(),
         "seed": np.int64(2**63 - 1),
         "guidance_scale": np.float32(7.5),
         "width": np.int32(8),
+        "eta": np.float32(1),
+        "timestep_spacing": b"trailing",
+        "clip_skip": np.int32(1),
         "num_images_per_prompt": np.int32(2),
     }
+
+
+def test_a_message_names_model_id_and_outputs() -> None:
+    message = to_grpc(ask({}))
+
+    assert (message.model_name, message.id) == ("sd", "an-id")
+    assert [output.name for output in message.outputs] == ["image", "seed", "info"]
+
+
+def test_an_id_is_chosen_where_none_is_given() -> None:
+    ids = {generate_request("sd", "a cat", None, None, {}).request_id for _ in range(8)}
+
+    assert len(ids) == 8
+    assert all(len(request_id) == 32 and int(request_id, 16) for request_id in ids)
+
+
+@pytest.mark.parametrize("request_id", ["", 7, b"an-id", "\ud800"])
+def test_an_id_that_is_no_text_is_refused(request_id: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"^request_id: .* is not a text"):
+        generate_request("sd", "a cat", None, request_id, {})
+    with pytest.raises(InvalidRequest, match=r"^request_id: .* is not a text"):
+        cancel_request("sd", request_id)
+
+
+def test_a_stream_is_the_same_request_to_another_model() -> None:
+    request = ask({"seed": 1})
+    streamed = stream_request(request, None)
+
+    assert (streamed.model, streamed.request_id) == ("sd_stream", "an-id")
+    assert streamed.inputs == request.inputs
+    assert streamed.outputs == ()
+
+
+def test_a_stream_may_have_previews() -> None:
+    streamed = stream_request(ask({}), 5)
+
+    assert streamed.inputs["preview_interval"].dtype == np.int32
+    assert streamed.inputs["preview_interval"].tolist() == [5]
+    with pytest.raises(InvalidRequest, match=r"^preview_interval: 2.5 is not a whole int32"):
+        stream_request(ask({}), 2.5)  # type: ignore[arg-type]
+
+
+def test_a_cancel_names_the_request_and_has_no_id_of_its_own() -> None:
+    request = cancel_request("sd", "an-id")
+
+    assert (request.model, request.request_id) == ("sd_cancel", "")
+    assert request.inputs["request_id"].tolist() == [b"an-id"]
+    assert request.outputs == ("cancelled",)
+
+
+def test_json_has_the_values_and_asks_for_base64() -> None:
+    options: Options = {"negative_prompt": "ein Bär ☃", "seed": 2**63 - 1, "guidance_scale": 7.5}
+    body = json.loads(to_json(stream_request(ask(options), 5)))
+
+    assert body == {
+        "id": "an-id",
+        "prompt": "a cat",
+        "negative_prompt": "ein Bär ☃",
+        "seed": 2**63 - 1,
+        "guidance_scale": 7.5,
+        "preview_interval": 5,
+        "output_format": "b64_png",
+    }
+
+
+def test_json_has_whole_numbers_of_real_fields_with_a_point() -> None:
+    assert b'"guidance_scale": 5.0' in to_json(ask({"guidance_scale": 5}))
+
+
+def test_only_pngs_travel_as_json() -> None:
+    assert json.loads(to_json(ask({"output_format": "png"})))["output_format"] == "b64_png"
+    with pytest.raises(InvalidRequest, match=r"^output_format: 'webp' is not for HTTP streams"):
+        to_json(ask({"output_format": "webp"}))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_what_json_has_no_number_for_is_refused(value: str) -> None:
+    with pytest.raises(InvalidRequest, match=rf"^guidance_scale: {value} is not a finite number"):
+        to_json(ask({"guidance_scale": float(value)}))
 
 
 @pytest.mark.parametrize(
@@ -91,6 +189,11 @@ def test_inputs_have_the_servers_types() -> None:
         ({"guidance_scale": {}}, "guidance_scale: {} is not a number"),
         ({"guidance_scale": 1e39}, r"guidance_scale: 1e\+39 is not a number"),
         ({"guidance_scale": 10**400}, "guidance_scale: 10+ is not a number"),
+        ({"clip_skip": 0.5}, "clip_skip: 0.5 is not a whole int32"),
+        ({"max_embeddings_multiples": "3"}, "max_embeddings_multiples: '3' is not a whole int32"),
+        ({"eta": "much"}, "eta: 'much' is not a number"),
+        ({"guidance_rescale": None, "guidance_start": "0"}, "guidance_start: '0' is not a number"),
+        ({"timestep_spacing": 1}, "timestep_spacing: 1 is not a text"),
         ({"sampler": 3}, "sampler: 3 is not a text"),
         ({"negative_prompt": b"a cat"}, "negative_prompt: b'a cat' is not a text"),
         ({"negative_prompt": "\ud800"}, r"negative_prompt: '\\ud800' is not a text"),
@@ -100,104 +203,25 @@ def test_a_value_that_does_not_fit_its_field_is_refused(
     options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=f"^{message}"):
-        build_inputs(tritonclient.grpc, fields("a cat", None, options))
+        ask(options)
 
 
 @pytest.mark.parametrize("prompt", [None, 7, b"a cat", ["a cat"]])
 def test_a_prompt_that_is_no_text_is_refused(prompt: Any) -> None:
     with pytest.raises(InvalidRequest, match=r"^prompt: .* is not a text"):
-        build_inputs(tritonclient.grpc, fields(prompt, None, {}))
+        ask({}, prompt=prompt)
 
 
 @pytest.mark.parametrize("count", [1.5, "two", 2**40])
 def test_a_number_of_pictures_that_is_none_is_refused(count: Any) -> None:
     with pytest.raises(InvalidRequest, match=f"^num_images_per_prompt: {count!r} is not a whole"):
-        build_inputs(tritonclient.grpc, fields("a cat", count, {}))
+        ask({}, count=count)
 
 
 def test_numbers_of_numpy_and_whole_floats_are_taken() -> None:
     options = {"seed": np.int64(5), "width": 64.0, "guidance_scale": np.float64(2)}
-    by_name = {
-        tensor.name(): tensor
-        for tensor in build_inputs(tritonclient.grpc, fields("a cat", None, options))
-    }
+    inputs = ask(options).inputs
 
-    assert np.frombuffer(by_name["seed"]._get_content(), np.int64) == 5
-    assert np.frombuffer(by_name["width"]._get_content(), np.int32) == 64
-    assert np.frombuffer(by_name["guidance_scale"]._get_content(), np.float32) == 2
-
-
-def test_the_three_outputs_are_asked_for() -> None:
-    names = [output.name() for output in build_outputs(tritonclient.grpc)]
-
-    assert names == ["image", "seed", "info"]
-
-
-class Result:
-    """An `InferResult`, as far as `parse` looks."""
-
-    def __init__(self, **arrays: Any) -> None:
-        self._arrays = {**paint({"seed": 1}), **arrays}
-
-    def as_numpy(self, name: str) -> Any:
-        return self._arrays[name]
-
-
-def texts(*values: bytes) -> np.ndarray:
-    return np.array(values, np.object_)
-
-
-def test_an_answer_becomes_pictures_in_order() -> None:
-    pictures = parse(Result(**paint({"seed": 7, "num_images_per_prompt": 3})))
-
-    assert [picture.seed for picture in pictures] == [7, 8, 9]
-    assert [picture.getpixel((0, 0)) for picture in pictures] == [
-        (7, 20, 30),
-        (8, 20, 30),
-        (9, 20, 30),
-    ]
-
-
-def without(key: str) -> np.ndarray:
-    facts = {name: fact for name, fact in INFO.items() if name != key}
-    return texts(json.dumps(facts).encode())
-
-
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {"image": None},
-        {"seed": None},
-        {"info": None},
-        {"info": texts()},
-        {"info": texts(b"no JSON")},
-        {"info": texts(b"\xff")},
-        {"info": texts(b"[]")},
-        {"info": texts(b"3")},
-        {"info": without("timings")},
-        {"info": without("model")},
-        {"info": without("notes")},
-        {"seed": np.array([1, 2])},
-        {"seed": texts(b"one")},
-        {"image": texts(), "seed": np.array([], np.int64)},
-        {"image": texts(b"")},
-        {"image": texts(b"no picture")},
-        {"image": texts(encode_picture(1)[:50])},
-        {"image": np.array([1.5], np.float32)},
-        {"image": np.array([[encode_picture(1)]], np.object_)},
-    ],
-    ids=lambda arrays: ", ".join(f"{name} {str(array)[:20]}" for name, array in arrays.items()),
-)
-def test_a_malformed_answer_is_a_server_error(arrays: dict[str, Any]) -> None:
-    with pytest.raises(ServerError, match="the server's answer cannot be read: "):
-        parse(Result(**arrays))
-
-
-def test_an_answer_whose_bytes_are_cut_is_a_server_error() -> None:
-    response = service_pb2.ModelInferResponse()
-    for name in ("image", "seed", "info"):
-        response.outputs.add(name=name, datatype="BYTES", shape=[1])
-        response.raw_output_contents.append(b"\xff\0\0\0short")
-
-    with pytest.raises(ServerError, match="the server's answer cannot be read: "):
-        parse(tritonclient.grpc.InferResult(response))
+    assert inputs["seed"].tolist() == [5]
+    assert inputs["width"].tolist() == [64]
+    assert inputs["guidance_scale"].tolist() == [2.0]

@@ -5,6 +5,7 @@ import inspect
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -31,9 +32,17 @@ def test_all_is_everything_public() -> None:
 
 def test_every_exception_is_public() -> None:
     exceptions = importlib.import_module("darkroom.exceptions")
-    errors = {name for name, it in vars(exceptions).items() if inspect.isclass(it)}
+    classes = {name: it for name, it in vars(exceptions).items() if inspect.isclass(it)}
+    errors = {name for name, it in classes.items() if issubclass(it, Exception)}
 
+    assert len(errors) == 7
     assert errors <= set(darkroom.__all__)
+
+
+def test_every_event_is_public_and_frozen() -> None:
+    for event in get_args(darkroom.Event):
+        assert getattr(darkroom, event.__name__) is event
+        assert event.__dataclass_params__.frozen
 
 
 def test_the_package_is_typed() -> None:
@@ -54,7 +63,7 @@ def test_both_clients_have_the_same_methods_and_parameters(client: type) -> None
         # Only the default tells the synchronous client whether a list is wanted.
         return {name: it.kind for name, it in parameters.items()}
 
-    for method in ("__init__", "generate", "is_ready", "close"):
+    for method in ("__init__", "generate", "stream", "cancel", "is_ready", "close"):
         assert signature(client, method) == signature(darkroom.Client, method)
 
 

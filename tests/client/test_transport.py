@@ -1,8 +1,12 @@
 """Addresses, absent servers, silent servers and servers that talk nonsense, over gRPC and HTTP."""
 
+import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 
+import grpc
 import pytest
 from fake_triton import FakeTriton
 
@@ -131,6 +135,71 @@ def test_leaving_after_the_timeout_cancels_the_grpc_call(triton: FakeTriton) -> 
         client.generate("a cat", timeout=SHORT_S)
 
     assert triton.is_cancelled.wait(LONG_S)
+
+
+def test_leaving_after_the_timeout_cancels_the_http_request_by_its_id(triton: FakeTriton) -> None:
+    """Triton would not tell the model."""
+    triton.gate.clear()
+    with Client(triton.http_url) as client, pytest.raises(RequestTimeout):
+        client.generate("a cat", request_id="mine", timeout=SHORT_S)
+
+    assert triton.cancelled_ids == ["mine"]
+
+
+def test_ctrl_c_cancels_the_http_request_by_its_id(triton: FakeTriton) -> None:
+    triton.gate.clear()
+    interrupt = threading.Timer(SHORT_S, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with Client(triton.http_url) as client, pytest.raises(KeyboardInterrupt):
+        client.generate("a cat", request_id="mine", timeout=LONG_S)
+
+    interrupt.join()
+    assert triton.cancelled_ids == ["mine"]
+
+
+def test_ctrl_c_cancels_the_grpc_call(triton: FakeTriton) -> None:
+    triton.gate.clear()
+    interrupt = threading.Timer(SHORT_S, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with Client(triton.grpc_url) as client, pytest.raises(KeyboardInterrupt):
+        client.generate("a cat", timeout=LONG_S)
+
+    interrupt.join()
+    assert triton.is_cancelled.wait(LONG_S)
+
+
+def test_a_cancel_that_fails_does_not_hide_the_timeout(triton: FakeTriton) -> None:
+    triton.gate.clear()
+    triton.models.discard("stable_diffusion_cancel")
+    with Client(triton.http_url) as client, pytest.raises(RequestTimeout):
+        client.generate("a cat", timeout=SHORT_S)
+
+
+def test_what_the_server_has_answered_is_not_cancelled(triton: FakeTriton) -> None:
+    with Client(triton.http_url) as client:
+        client.generate("a cat")
+        for code, message in (
+            (grpc.StatusCode.INVALID_ARGUMENT, "width: 3 is out of range"),
+            (grpc.StatusCode.CANCELLED, "timeout_ms: 50 ran out"),
+        ):
+            triton.failure = (code, message)
+            with pytest.raises(DarkroomError):
+                client.generate("a cat")
+
+    assert triton.cancelled_ids == []
+
+
+@pytest.mark.parametrize("request_id", [None, "mine"])
+def test_a_request_carries_an_id(triton: FakeTriton, url: str, request_id: str | None) -> None:
+    with Client(url) as client:
+        for _ in range(2):
+            client.generate("a cat", request_id=request_id)
+
+    if request_id is None:
+        assert len(set(triton.request_ids)) == 2
+        assert {len(it) for it in triton.request_ids} == {32}
+    else:
+        assert triton.request_ids == [request_id, request_id]
 
 
 def http_answer(body: bytes, status: str = "200 OK") -> bytes:

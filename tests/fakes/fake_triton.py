@@ -1,7 +1,10 @@
 """A server that speaks Triton's protocol over gRPC and HTTP, with a formula for its model."""
 
+import base64
 import contextlib
 import json
+import select
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +26,7 @@ from tritonclient.utils import (
 
 Arrays = dict[str, np.ndarray]
 
+POLL_S = 0.01
 TIMINGS = {"queue_ms": 1.0, "denoise_ms": 2.0, "decode_ms": 3.0, "total_ms": 6.0}
 INFO = {"timings": TIMINGS, "queue_steps": 5, "model": "fake", "engine": "0123", "notes": []}
 HTTP_STATUS = {
@@ -33,6 +37,15 @@ HTTP_STATUS = {
     grpc.StatusCode.UNAVAILABLE: 503,
 }
 """What Triton's HTTP face answers where its gRPC face answers the code."""
+
+
+class Failure(Exception):
+    """An error that a model answers with."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
 
 
 def encode_picture(seed: int, size: tuple[int, int] = (16, 8), file_format: str = "PNG") -> bytes:
@@ -54,33 +67,77 @@ def paint(fields: dict[str, Any]) -> Arrays:
     }
 
 
+def tell(**facts: Any) -> Arrays:
+    """The output of `stable_diffusion_stream` for an event."""
+    return {"event": np.array([json.dumps(facts).encode()], np.object_)}
+
+
+def narrate(fields: dict[str, Any], _stop: threading.Event) -> Iterator[Arrays]:
+    """The answers of `stable_diffusion_stream` for a request's fields."""
+    yield tell(type="queued", position=0)
+    num_steps = fields.get("num_inference_steps", 3)
+    interval = fields.get("preview_interval", 0)
+    for step in range(1, num_steps + 1):
+        for index in range(fields.get("num_images_per_prompt", 1)):
+            where = {"index": index, "step": step, "num_steps": num_steps}
+            yield tell(type="step", **where)
+            if interval and step % interval == 0:
+                picture = encode_picture(step, (8, 8), "JPEG")
+                yield {**tell(type="preview", **where), "preview": np.array([picture], np.object_)}
+    yield {**tell(type="done"), **paint(fields)}
+
+
+@dataclass
+class Flight:
+    """A request that is not answered yet."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set when the client has left, and when the request was cancelled by its id."""
+    is_cancelled_by_id: bool = False
+    is_over: bool = False
+
+
 @dataclass
 class FakeTriton:
     """Serves while it is entered; the attributes are switches, and what the server saw."""
 
-    models: set[str] = field(default_factory=lambda: {"stable_diffusion"})
+    models: set[str] = field(
+        default_factory=lambda: {
+            "stable_diffusion",
+            "stable_diffusion_stream",
+            "stable_diffusion_cancel",
+        }
+    )
     answer: Callable[[dict[str, Any]], Arrays] = paint
+    script: Callable[[dict[str, Any], threading.Event], Iterator[Arrays]] = narrate
+    """What a stream tells; it may raise a Failure."""
     failure: tuple[grpc.StatusCode, str] | None = None
     """What every request is answered with, if set."""
     raw_http: bytes | None = None
     """What the HTTP face sends in the place of any answer, before it hangs up, if set."""
+    ends_with_status: bool = False
+    """Whether a gRPC stream that fails ends with a status, as a proxy may end one."""
     requests: list[dict[str, Any]] = field(default_factory=list)
+    request_ids: list[str] = field(default_factory=list)
+    cancelled_ids: list[str] = field(default_factory=list)
+    """What `stable_diffusion_cancel` was asked for."""
     gate: threading.Event = field(default_factory=threading.Event)
     """While cleared, no request is answered."""
     is_entered: threading.Event = field(default_factory=threading.Event)
     """Set when a request has come."""
     is_cancelled: threading.Event = field(default_factory=threading.Event)
-    """Set when a gRPC client has left a request that was not answered."""
+    """Set when a client has left a request that was not answered, and Triton noticed."""
 
     _came: threading.Condition = field(default_factory=threading.Condition)
+    _flights: list[tuple[str, Flight]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
         self.gate.set()
-        self._grpc = grpc.server(ThreadPoolExecutor(8))
+        self._grpc = grpc.server(ThreadPoolExecutor(32))
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(GrpcFace(self), self._grpc)
         self.grpc_url = f"127.0.0.1:{self._grpc.add_insecure_port('127.0.0.1:0')}"
         self._grpc.start()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), HttpFace)
+        self._http = HttpServer(("127.0.0.1", 0), HttpFace)
         self._http.triton = self
         self.http_url = f"http://127.0.0.1:{self._http.server_port}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,))
@@ -89,6 +146,8 @@ class FakeTriton:
 
     def __exit__(self, *_: object) -> None:
         self.gate.set()
+        for _, flight in list(self._flights):
+            flight.stop.set()
         self._grpc.stop(None).wait()
         self._http.shutdown()
         self._thread.join()
@@ -98,13 +157,62 @@ class FakeTriton:
         with self._came:
             assert self._came.wait_for(lambda: len(self.requests) >= count, timeout_s)
 
-    def infer(self, fields: dict[str, Any]) -> Arrays:
+    def infer(self, model: str, request_id: str, fields: dict[str, Any], flight: Flight) -> Arrays:
+        """The one answer to a request; raises a Failure."""
+        if model.endswith("_cancel"):
+            return self._cancel(fields["request_id"])
+        with self._flying(request_id, fields, flight):
+            answer = self.answer(fields)
+        if self.failure:
+            raise Failure(*self.failure)
+        return answer
+
+    def stream(self, request_id: str, fields: dict[str, Any], flight: Flight) -> Iterator[Arrays]:
+        """The answers to a request of a stream; raises a Failure."""
+        with self._flying(request_id, fields, flight):
+            if self.failure:
+                raise Failure(*self.failure)
+            for answer in self.script(fields, flight.stop):
+                yield answer
+                self._check(flight)
+
+    @contextlib.contextmanager
+    def _flying(self, request_id: str, fields: dict[str, Any], flight: Flight) -> Iterator[None]:
+        entry = (request_id, flight)
         with self._came:
+            self._flights.append(entry)
             self.requests.append(fields)
+            self.request_ids.append(request_id)
             self._came.notify_all()
         self.is_entered.set()
-        self.gate.wait()
-        return self.answer(fields)
+        try:
+            while not self.gate.wait(POLL_S):
+                self._check(flight)
+            yield
+            self._check(flight)
+        finally:
+            self._flights.remove(entry)
+
+    def _check(self, flight: Flight) -> None:
+        if flight.is_cancelled_by_id:
+            raise Failure(grpc.StatusCode.CANCELLED, "the request was cancelled")
+
+    def _cancel(self, request_id: str) -> Arrays:
+        self.cancelled_ids.append(request_id)
+        flights = [flight for name, flight in list(self._flights) if name == request_id]
+        if len(flights) > 1:
+            message = f"request_id: {request_id!r} is carried by {len(flights)} requests in flight"
+            raise Failure(grpc.StatusCode.INVALID_ARGUMENT, message)
+        for flight in flights:
+            flight.is_cancelled_by_id = True
+            flight.stop.set()
+        return {"cancelled": np.array([bool(flights)])}
+
+    def left(self, flight: Flight) -> None:
+        """The client's connection is gone."""
+        if not flight.is_over:
+            flight.stop.set()
+            self.is_cancelled.set()
 
 
 class GrpcFace(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -117,23 +225,42 @@ class GrpcFace(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802  Triton's name
         triton = self._triton
-        answered = threading.Event()
-        context.add_callback(lambda: answered.is_set() or triton.is_cancelled.set())
-        if request.model_name not in triton.models:
-            answered.set()
-            context.abort(
-                grpc.StatusCode.NOT_FOUND,
-                f"Request for unknown model: '{request.model_name}' is not found",
-            )
-        arrays = triton.infer(_read_grpc(request))
-        answered.set()
-        if triton.failure:
-            context.abort(*triton.failure)
-        response = service_pb2.ModelInferResponse(model_name=request.model_name)
-        for name, datatype, shape, raw in _pack(arrays):
-            response.outputs.add(name=name, datatype=datatype, shape=shape)
-            response.raw_output_contents.append(raw)
-        return response
+        flight = Flight()
+        context.add_callback(lambda: triton.left(flight))
+        try:
+            if request.model_name not in triton.models:
+                raise _unknown(request.model_name)
+            arrays = triton.infer(request.model_name, request.id, _read_grpc(request), flight)
+        except Failure as failure:
+            flight.is_over = True
+            context.abort(failure.code, failure.message)
+        flight.is_over = True
+        return _response(request, arrays)
+
+    def ModelStreamInfer(self, requests: Any, context: Any) -> Any:  # noqa: N802  Triton's name
+        triton = self._triton
+        flight = Flight()
+        context.add_callback(lambda: triton.left(flight))
+        for request in requests:
+            if request.model_name not in triton.models:
+                message = _unknown(request.model_name).message
+                yield service_pb2.ModelStreamInferResponse(error_message=message)
+                continue
+            try:
+                for arrays in triton.stream(request.id, _read_grpc(request), flight):
+                    response = _response(request, arrays)
+                    yield service_pb2.ModelStreamInferResponse(infer_response=response)
+            except Failure as failure:
+                if triton.ends_with_status:
+                    flight.is_over = True
+                    context.abort(failure.code, failure.message)
+                yield service_pb2.ModelStreamInferResponse(error_message=failure.message)
+        flight.is_over = True
+
+
+class HttpServer(ThreadingHTTPServer):
+    # Connections that come at the same time; the default is five, and a second to try again.
+    request_queue_size = 64
 
 
 class HttpFace(BaseHTTPRequestHandler):
@@ -152,11 +279,23 @@ class HttpFace(BaseHTTPRequestHandler):
             self.wfile.write(triton.raw_http)
             self.close_connection = True
             return
+        *_, model, method = self.path.split("/")
+        if model not in triton.models:
+            self._send_error(404, _unknown(model).message)
+        elif method == "generate_stream":
+            self._stream(json.loads(body))
+        else:
+            self._infer(model, body)
+
+    def _infer(self, model: str, body: bytes) -> None:
         header_length = int(self.headers["Inference-Header-Content-Length"])
-        arrays = triton.infer(_read_http(body, header_length))
-        if triton.failure:
-            code, message = triton.failure
-            self._send(HTTP_STATUS[code], json.dumps({"error": message}).encode())
+        request_id = json.loads(body[:header_length]).get("id", "")
+        fields = _read_http(body, header_length)
+        try:
+            # Triton does not notice when the client of a plain request leaves.
+            arrays = self.server.triton.infer(model, request_id, fields, Flight())
+        except Failure as failure:
+            self._send_error(HTTP_STATUS[failure.code], failure.message)
             return
         outputs, blob = [], b""
         for name, datatype, shape, raw in _pack(arrays):
@@ -164,8 +303,55 @@ class HttpFace(BaseHTTPRequestHandler):
             entry = {"name": name, "datatype": datatype, "shape": shape, "parameters": parameters}
             outputs.append(entry)
             blob += raw
-        header = json.dumps({"model_name": "stable_diffusion", "outputs": outputs}).encode()
+        header = json.dumps({"model_name": model, "outputs": outputs}).encode()
         self._send(200, header + blob, ("Inference-Header-Content-Length", str(len(header))))
+
+    def _stream(self, fields: dict[str, Any]) -> None:
+        triton: FakeTriton = self.server.triton
+        # What the model does for this format; bytes that are no text would break the JSON.
+        assert fields["output_format"] == "b64_png"
+        request_id = fields.pop("id", "")
+        flight = Flight()
+        watcher = threading.Thread(target=self._watch, args=(flight,))
+        watcher.start()
+        is_begun = False
+        try:
+            for arrays in triton.stream(request_id, fields, flight):
+                is_begun = is_begun or self._begin(200)
+                self._send_event(to_json(arrays))
+        except Failure as failure:
+            # Whatever its code is.
+            is_begun = is_begun or self._begin(400)
+            self._send_event({"error": failure.message})
+        is_begun = is_begun or self._begin(200)
+        flight.is_over = True
+        watcher.join()
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(b"0\r\n\r\n")
+
+    def _begin(self, status: int) -> bool:
+        self.send_response(status)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Transfer-Encoding", "chunked")
+        with contextlib.suppress(ConnectionError):
+            self.end_headers()
+        return True
+
+    def _send_event(self, answer: dict[str, Any]) -> None:
+        chunk = b"data: " + json.dumps(answer).encode() + b"\n\n"
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+
+    def _watch(self, flight: Flight) -> None:
+        """Notice that the client has hung up."""
+        while not flight.is_over:
+            is_readable = select.select([self.connection], [], [], POLL_S)[0]
+            if is_readable and not self.connection.recv(1, socket.MSG_PEEK):
+                self.server.triton.left(flight)
+                return
+
+    def _send_error(self, status: int, message: str) -> None:
+        self._send(status, json.dumps({"error": message}).encode())
 
     def _send(self, status: int, body: bytes, *headers: tuple[str, str]) -> None:
         self.send_response(status)
@@ -179,6 +365,31 @@ class HttpFace(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+def _unknown(model: str) -> Failure:
+    message = f"Request for unknown model: '{model}' is not found"
+    return Failure(grpc.StatusCode.NOT_FOUND, message)
+
+
+def _response(request: Any, arrays: Arrays) -> Any:
+    response = service_pb2.ModelInferResponse(model_name=request.model_name, id=request.id)
+    for name, datatype, shape, raw in _pack(arrays):
+        response.outputs.add(name=name, datatype=datatype, shape=shape)
+        response.raw_output_contents.append(raw)
+    return response
+
+
+def to_json(arrays: Arrays) -> dict[str, Any]:
+    """What a generate endpoint makes of outputs: one value is no list."""
+    answer = {}
+    for name, array in arrays.items():
+        values = array.tolist()
+        if name in ("image", "preview"):
+            values = [base64.b64encode(value).decode() for value in values]
+        values = [value.decode() if isinstance(value, bytes) else value for value in values]
+        answer[name] = values[0] if len(values) == 1 else values
+    return answer
 
 
 def _read_grpc(request: Any) -> dict[str, Any]:
