@@ -92,6 +92,8 @@ def test_many_at_once_share_the_batch_and_each_gets_its_own(harness: Harness) ->
     alone = [harness.picture(seed=seed, guidance_scale=1.0) for seed in range(16)]
     hold(harness)
     connections = [ask(seed=seed, guidance_scale=1.0) for seed in range(16)]
+    while len(harness.engine._watcher.jobs()) < 16:
+        threading.Event().wait(0.01)
     harness.networks.step_rows.clear()
     harness.networks.gate.set()
 

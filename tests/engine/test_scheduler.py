@@ -204,6 +204,14 @@ def test_what_has_started_does_not_count_as_waiting(pace: Pace, clock: Callable[
     assert (queue.scheduler.num_waiting, queue.scheduler.num_running) == (4, 4)
 
 
+def test_what_was_cancelled_makes_room_at_once(pace: Pace, clock: Callable[[], float]) -> None:
+    queue = Queue(pace, clock, max_queue_size=4)
+    samples = queue.add(9, count=4)
+    samples[0].job.cancel()
+
+    assert queue.add(9, count=4)
+
+
 def test_a_retry_hint_is_the_time_until_there_is_room(
     pace: Pace, clock: Callable[[], float]
 ) -> None:

@@ -58,8 +58,8 @@ class TritonPythonModel:
             self._ask(request, Responder(request))
 
     def finalize(self) -> None:
-        self._door.close()
         self._engine.close()
+        self._door.close()
         self._metrics.close()
         self._is_finalized.set()
 

@@ -298,7 +298,8 @@ class Engine:
         for sample, failure in batch.apply(outputs):
             sample.job.fail(failure)
         seconds = time.monotonic() - start
-        self._reporter.stepped(samples)
+        # Who failed has been answered, and hears nothing after that.
+        self._reporter.stepped([sample for sample in samples if not sample.job.is_over])
         self._pace.record_step(samples[0].latent_shape, batch.num_rows, seconds)
         self._record(metrics.STEP_SECONDS, seconds, metrics.rows_label(batch.num_rows))
         self._record(metrics.BATCH_ROWS, batch.num_rows, "")

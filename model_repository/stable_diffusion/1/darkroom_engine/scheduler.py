@@ -60,6 +60,8 @@ class Scheduler:
         Raises:
             Overloaded: too many wait already, or the request's deadline cannot be kept.
         """
+        # What was answered since the last turn is in nobody's way any more.
+        self.retire()
         num_waiting = self.num_waiting
         if num_waiting + len(samples) > self._max_queue_size:
             raise Overloaded(
