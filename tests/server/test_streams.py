@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -270,12 +270,37 @@ def kill_a_client(server: Server, _: Client) -> Iterator[None]:
     process.communicate()
 
 
+def run_out_of_time(url: str) -> Iterator[None]:
+    outcome: Future[Any] = Future()
+
+    def ask() -> None:
+        with Client(url) as client:
+            try:
+                client.generate("x", num_inference_steps=150, timeout=1.0, **SLOW)
+            except DarkroomError as error:
+                outcome.set_result(error)
+
+    threading.Thread(target=ask).start()
+    yield
+    assert isinstance(outcome.result(WAIT_S), RequestTimeout)
+
+
+def run_out_of_time_over_grpc(server: Server, _: Client) -> Iterator[None]:
+    return run_out_of_time(server.grpc_url)
+
+
+def run_out_of_time_over_http(server: Server, _: Client) -> Iterator[None]:
+    return run_out_of_time(server.http_url)
+
+
+TIMED = (run_out_of_time_over_grpc, run_out_of_time_over_http)
 WAYS = (
     cancel_unary_grpc,
     cancel_grpc_stream,
     leave_generate_stream,
     cancel_plain_http_by_id,
     kill_a_client,
+    *TIMED,
 )
 
 
@@ -291,6 +316,8 @@ def test_who_leaves_frees_the_rows_within_two_steps(
     observer.wait_for_steps(6)
     left_at = observer.step
     next(leaving, None)
+    if way in TIMED:
+        left_at = observer.step
 
     # The step that was under way when it left, and one more.
     shared = observer.shared_steps()
