@@ -74,7 +74,7 @@ def write_python_models(repository: Path, networks: Iterable[str]) -> None:
         target = repository / config.parent.name
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(config.parent, target, ignore=_ignore_caches)
-        for file in (templates() / "wire").glob("*.py"):
+        for file in (templates() / "shared").glob("*.py"):
             shutil.copyfile(file, target / "1" / file.name)
     for network in networks:
         target = repository / network / "1"

@@ -71,7 +71,8 @@ def test_the_repository_is_complete(repository: Path) -> None:
 
     expected = {"manifest.json", "tokenizer/tokenizer.json"}
     for face in FACES:
-        expected |= set(template_files(face)) | {f"{face}/1/darkroom_wire.py"}
+        expected |= set(template_files(face))
+        expected |= {f"{face}/1/{name}" for name in ("darkroom_stub.py", "darkroom_wire.py")}
     for network in NETWORKS:
         expected.add(f"{network}/config.pbtxt")
         expected |= {f"{network}/1/{name}" for name in ("model.py", "model.onnx")}
@@ -318,12 +319,16 @@ def test_a_second_export_brings_the_python_models_up_to_date(
 
 
 @pytest.mark.parametrize("model", FACES)
-def test_every_face_of_the_engine_is_its_template_and_the_wire(fp32: Path, model: str) -> None:
+def test_every_face_of_the_engine_is_its_template_and_what_is_shared(
+    fp32: Path, model: str
+) -> None:
     expected = template_files(model)
-    (wire,) = template_files("wire").values()
+    shared = template_files("shared")
 
     assert {file: (fp32 / file).read_bytes() for file in expected} == expected
-    assert (fp32 / model / "1" / "darkroom_wire.py").read_bytes() == wire
+    assert len(shared) == 2
+    for file, content in shared.items():
+        assert (fp32 / model / "1" / Path(file).name).read_bytes() == content
 
 
 def test_a_repository_of_an_older_format_is_exported_again(

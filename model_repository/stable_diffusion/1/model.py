@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
 import threading
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-import darkroom_wire as wire
+import darkroom_stub as stub
 from darkroom_engine import (
     Door,
     Engine,
@@ -26,8 +25,6 @@ from darkroom_engine import (
     TritonNetworks,
     log_to_stderr,
 )
-
-PARENT_POLL_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +42,7 @@ class TritonPythonModel:
         self._metrics = MetricsPublisher()
         self._engine = Engine(manifest, networks, engine_config, self._metrics.record)
         self._door = Door(self._engine)
-        self._is_finalized = threading.Event()
-        threading.Thread(
-            target=_exit_with_parent, args=[os.getppid(), self._is_finalized], daemon=True
-        ).start()
+        self._is_finalized = stub.end_with_server()
         self._metrics.start()
         self._engine.start()
         self._door.start()
@@ -65,8 +59,8 @@ class TritonPythonModel:
 
     def _ask(self, request: pb_utils.InferenceRequest, responder: Responder) -> None:
         try:
-            fields = wire.read_fields(pb_utils, request, self._input_names)
-        except wire.MalformedField as error:
+            fields = stub.read_fields(pb_utils, request, self._input_names)
+        except stub.MalformedField as error:
             responder(InvalidRequest(error.field, str(error)))
             return
         self._engine.ask(
@@ -152,16 +146,6 @@ class MetricsPublisher:
         labels = {metric.label: label} if metric.label else {}
         options = {"buckets": list(metric.buckets)} if metric.buckets else {}
         return self._families[metric.name].Metric(labels=labels, **options)
-
-
-def _exit_with_parent(parent: int, is_finalized: threading.Event) -> None:
-    """End this process when the server's is gone.
-
-    The stub looks for that itself, but then waits for a lock that a call to the dead server holds.
-    """
-    while not is_finalized.wait(PARENT_POLL_S):
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def _success(result: JobResult) -> pb_utils.InferenceResponse:

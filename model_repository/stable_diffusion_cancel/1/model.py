@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+import darkroom_stub as stub
 import darkroom_wire as wire
 
 
@@ -17,11 +18,11 @@ class TritonPythonModel:
 
     def _cancel(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
         try:
-            request_id = _text(wire.read_fields(pb_utils, request, ["request_id"])["request_id"])
+            request_id = _text(stub.read_fields(pb_utils, request, ["request_id"])["request_id"])
             with wire.connect() as connection:
                 wire.send(connection, {"op": "cancel", "request_id": request_id})
                 answer, _ = wire.receive(connection)
-        except wire.MalformedField as error:
+        except stub.MalformedField as error:
             return _error(f"{error.field}: {error}", "INVALID_ARG")
         except (EOFError, OSError) as error:
             return _error(f"the engine is not running: {error}", "UNAVAILABLE")
@@ -38,7 +39,7 @@ def _text(raw: bytes) -> str:
     except UnicodeDecodeError:
         text = ""
     if not text:
-        raise wire.MalformedField("request_id", f"{raw!r} is not the id of a request")
+        raise stub.MalformedField("request_id", f"{raw!r} is not the id of a request")
     return text
 
 

@@ -7,7 +7,6 @@ import base64
 import json
 import logging
 import multiprocessing.connection
-import os
 import queue
 import threading
 import time
@@ -16,12 +15,12 @@ from multiprocessing.connection import Connection
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+import darkroom_stub as stub
 import darkroom_wire as wire
 
 POLL_S = 0.02
 MAX_SHARE = 0.1
 """Of the time, that asking for cancelled requests may take; each question is a round trip."""
-PARENT_POLL_S = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +32,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self._input_names = [entry["name"] for entry in config["input"]]
         self._relay = Relay()
-        self._is_finalized = threading.Event()
-        threading.Thread(
-            target=_exit_with_parent, args=[os.getppid(), self._is_finalized], daemon=True
-        ).start()
+        self._is_finalized = stub.end_with_server()
         self._relay.start()
 
     def execute(self, requests: list) -> None:
@@ -44,7 +40,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 self._relay.add(self._open(request, sender))
-            except wire.MalformedField as error:
+            except stub.MalformedField as error:
                 _send_error(sender, f"{error.field}: {error}", "INVALID_ARG")
             except OSError as error:
                 _send_error(sender, f"the engine is not running: {error}", "UNAVAILABLE")
@@ -56,10 +52,10 @@ class TritonPythonModel:
     def _open(
         self, request: pb_utils.InferenceRequest, sender: pb_utils.InferenceResponseSender
     ) -> Stream:
-        fields = wire.read_fields(pb_utils, request, self._input_names)
+        fields = stub.read_fields(pb_utils, request, self._input_names)
         preview_interval = fields.pop("preview_interval", 0)
         if preview_interval < 0:
-            raise wire.MalformedField(
+            raise stub.MalformedField(
                 "preview_interval", f"{preview_interval} is out of range, allowed are 0 and more"
             )
         header, blobs = wire.pack_fields(fields)
@@ -197,10 +193,3 @@ def _send_error(sender: pb_utils.InferenceResponseSender, message: str, code: st
         pb_utils.InferenceResponse(error=error),
         flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
     )
-
-
-def _exit_with_parent(parent: int, is_finalized: threading.Event) -> None:
-    """End this process when the server's is gone, see `stable_diffusion`."""
-    while not is_finalized.wait(PARENT_POLL_S):
-        if os.getppid() != parent:
-            os._exit(1)

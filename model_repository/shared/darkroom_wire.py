@@ -25,14 +25,6 @@ Header = dict[str, Any]
 Fields = dict[str, bytes | int | float]
 
 
-class MalformedField(ValueError):
-    """An input tensor that is not one value; `field` is its name."""
-
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(problem)
-        self.field = field
-
-
 def runtime_dir() -> Path:
     """The folder of this server's sockets, the same for all its models.
 
@@ -99,21 +91,3 @@ def pack_fields(fields: Fields) -> tuple[Header, list[bytes]]:
 
 def unpack_fields(header: Header, blobs: list[bytes]) -> Fields:
     return {**header["numbers"], **dict(zip(header["texts"], blobs, strict=True))}
-
-
-def read_fields(pb_utils: Any, request: Any, names: list[str]) -> Fields:
-    """The inputs of a Triton request, each of one value, without those left out.
-
-    Raises:
-        MalformedField: an input has another shape than [1].
-    """
-    fields = {}
-    for name in names:
-        tensor = pb_utils.get_input_tensor_by_name(request, name)
-        if tensor is None:
-            continue
-        values = tensor.as_numpy()
-        if values.size != 1:
-            raise MalformedField(name, f"shape {list(values.shape)} is not [1]")
-        fields[name] = values.item()
-    return fields
