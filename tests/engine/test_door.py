@@ -178,6 +178,29 @@ def test_a_socket_that_was_left_behind_is_replaced(
     assert messages(ask())[-1][1]
 
 
+def test_a_newer_door_takes_the_place_and_keeps_it(
+    make_door: Callable[[Harness], Door], harness: Harness
+) -> None:
+    """As when Triton loads the new engine before it unloads the old one."""
+    older, newer = Door(harness.engine), make_door(harness)
+    older.start()
+    assert messages(ask())[-1][1]
+    older.close()
+
+    assert messages(ask())[-1][1]
+    newer.close()
+    assert not wire.socket_path().exists()
+
+
+def test_a_path_that_is_too_long_is_named(
+    harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(wire.RUNTIME_DIR, str(tmp_path / ("x" * 100)))
+
+    with pytest.raises(OSError, match="DARKROOM_RUNTIME_DIR names another folder, of a short path"):
+        Door(harness.engine)
+
+
 @pytest.mark.usefixtures("door")
 def test_only_its_own_user_may_come_in(runtime_dir: Path) -> None:
     assert stat.S_IMODE(runtime_dir.stat().st_mode) == 0o700

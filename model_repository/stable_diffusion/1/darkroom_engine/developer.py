@@ -89,6 +89,7 @@ class Developer:
         samples = [sample for sample in samples if not sample.job.is_over]
         if not samples:
             return
+        num_failures = self._networks.num_failures
         now = time.monotonic()
         latents = np.stack([sample.latents for sample in samples])
         decoded = self._networks.decode(latents / np.float32(self._manifest.vae_scaling_factor))
@@ -105,4 +106,5 @@ class Developer:
             job.deliver(sample.index, picture, {"model": model, "engine": engine})
         seconds = time.monotonic() - now
         self._record(metrics.DECODE_SECONDS, seconds, "")
-        self._pace.record_decode(samples[0].latent_shape, seconds / len(samples))
+        if self._networks.num_failures == num_failures:
+            self._pace.record_decode(samples[0].latent_shape, seconds / len(samples))

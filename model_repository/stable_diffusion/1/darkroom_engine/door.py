@@ -2,8 +2,11 @@
 
 import contextlib
 import logging
+import os
+import socket
 import threading
-from multiprocessing.connection import Connection, Listener
+import time
+from multiprocessing.connection import Connection
 from typing import Any
 
 import darkroom_wire as wire
@@ -12,20 +15,41 @@ from darkroom_engine.errors import EngineError
 from darkroom_engine.job import JobResult
 
 BACKLOG = 128
+RETRY_S = 0.1
 
 logger = logging.getLogger(__name__)
 
 
 class Door:
-    """Takes requests from the socket; a connection is one request, and its end cancels it."""
+    """Takes requests from the socket; a connection is one request, and its end cancels it.
+
+    A new engine may open its door before the old one's is closed, when Triton reloads the model:
+    the newer takes the place of the older, and the older leaves that place alone.
+    """
 
     def __init__(self, engine: Engine) -> None:
+        """Open the door; those who come wait until it is started.
+
+        Raises:
+            OSError: the socket cannot be made where it has to be.
+        """
         self._engine = engine
         wire.make_runtime_dir()
         self._path = wire.socket_path()
+        own_path = self._path.with_name(f"engine-{os.getpid()}.sock")
         # Left behind by a process that was killed.
-        self._path.unlink(missing_ok=True)
-        self._listener = Listener(str(self._path), family="AF_UNIX", backlog=BACKLOG)
+        own_path.unlink(missing_ok=True)
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.bind(str(own_path))
+        except OSError as error:
+            self._socket.close()
+            raise OSError(
+                f"{own_path}: {error}; {wire.RUNTIME_DIR} names another folder, of a short path"
+            ) from None
+        self._socket.listen(BACKLOG)
+        self._inode = own_path.stat().st_ino
+        own_path.replace(self._path)
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
 
@@ -34,22 +58,28 @@ class Door:
 
     def close(self) -> None:
         """Take no more connections; those that are open go on."""
+        if self._is_closing:
+            return
         self._is_closing = True
-        # Accepting cannot be interrupted but by a connection.
-        with contextlib.suppress(OSError):
-            wire.connect().close()
+        # This wakes whoever accepts.
+        self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
-        self._listener.close()
+        self._socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            if self._path.stat().st_ino == self._inode:
+                self._path.unlink()
 
     def _run(self) -> None:
         while not self._is_closing:
             try:
-                connection = self._listener.accept()
-            except OSError:
+                accepted, _ = self._socket.accept()
+            except OSError as error:
                 if not self._is_closing:
-                    logger.exception("a connection to the engine's socket failed")
+                    # Out of file descriptors, say: those that are open will be closed some time.
+                    logger.warning("a connection to the engine's socket failed: %s", error)
+                    time.sleep(RETRY_S)
                 continue
-            visitor = Visitor(self._engine, connection)
+            visitor = Visitor(self._engine, Connection(accepted.detach()))
             threading.Thread(target=visitor.serve, name="visitor", daemon=True).start()
 
 

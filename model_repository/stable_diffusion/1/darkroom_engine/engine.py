@@ -288,6 +288,7 @@ class Engine:
         batch = StepBatch(samples)
         with self._changed:
             self._num_steps += 1
+        num_failures = self._networks.num_failures
         start = time.monotonic()
         try:
             outputs = self._networks.denoise(*batch.inputs())
@@ -300,7 +301,8 @@ class Engine:
         seconds = time.monotonic() - start
         # Who failed has been answered, and hears nothing after that.
         self._reporter.stepped([sample for sample in samples if not sample.job.is_over])
-        self._pace.record_step(samples[0].latent_shape, batch.num_rows, seconds)
+        if self._networks.num_failures == num_failures:
+            self._pace.record_step(samples[0].latent_shape, batch.num_rows, seconds)
         self._record(metrics.STEP_SECONDS, seconds, metrics.rows_label(batch.num_rows))
         self._record(metrics.BATCH_ROWS, batch.num_rows, "")
         self._record(metrics.BATCH_PICTURES, len(samples), "")

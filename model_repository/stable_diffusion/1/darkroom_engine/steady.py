@@ -47,6 +47,8 @@ class SteadyNetworks:
         self._heal_timeout_s = heal_timeout_s
         self._on_failure = on_failure
         self._is_given_up: Callable[[], bool] = lambda: False
+        self.num_failures = 0
+        """Calls that failed; how long a call took during which this grew says nothing."""
         size = int(manifest.limits["min_size"]) // manifest.vae_scale_factor
         self.smallest_shape = (manifest.latent_channels, size, size)
         self._input_ids = np.zeros((1, manifest.tokenizer["max_length"]), np.int64)
@@ -104,14 +106,18 @@ class SteadyNetworks:
         try:
             return call()
         except NetworkFailed as error:
-            self._on_failure(error.network)
+            self._count(error)
             logger.warning("%s; trying once more", error)
             self._wait_until_answered(probe, error)
         try:
             return call()
         except NetworkFailed as error:
-            self._on_failure(error.network)
+            self._count(error)
             raise
+
+    def _count(self, error: NetworkFailed) -> None:
+        self.num_failures += 1
+        self._on_failure(error.network)
 
     def _wait_until_answered(self, probe: Callable[[], object], error: NetworkFailed) -> None:
         give_up_at = time.monotonic() + self._heal_timeout_s
