@@ -1,10 +1,11 @@
 """The `darkroom` command."""
 
 import argparse
+import math
 import re
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ from PIL import Image
 
 from darkroom import __version__
 from darkroom.client import Client
-from darkroom.exceptions import DarkroomError
+from darkroom.events import Done, Preview
+from darkroom.exceptions import DarkroomError, QueueFull, RequestTimeout
+from darkroom.picture import Picture
+from darkroom.probe import probe
 from darkroom.progress import terminal_progress
+from darkroom.protocol import Options
+from darkroom.step_line import StepLine
 
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"darkroom: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_cancel(commands)
     _add_serve(commands)
+    _add_probe(commands)
     _add_export(commands)
     _add_random_checkpoint(commands)
     return parser
@@ -53,12 +62,40 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--negative-prompt")
     parser.add_argument("--num-inference-steps", type=int, metavar="N")
     parser.add_argument("--guidance-scale", type=float, metavar="X")
+    parser.add_argument("--guidance-rescale", type=float, metavar="X", help="0 to 1")
+    parser.add_argument("--guidance-start", type=float, metavar="X", help="share of the steps")
+    parser.add_argument("--guidance-stop", type=float, metavar="X", help="share of the steps")
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument("--width", type=int, metavar="PIXELS")
     parser.add_argument("--height", type=int, metavar="PIXELS")
     parser.add_argument("--sampler")
+    parser.add_argument(
+        "--eta", type=float, metavar="X", help="0 to 1, for the ddim and tcd samplers"
+    )
+    parser.add_argument("--timestep-spacing", help="linspace, leading or trailing")
+    parser.add_argument("--clip-skip", type=int, metavar="N")
+    parser.add_argument(
+        "--max-embeddings-multiples",
+        type=int,
+        metavar="N",
+        help="read prompts of up to N times 77 tokens",
+    )
+    parser.add_argument(
+        "--preview",
+        type=Path,
+        metavar="FILE",
+        help="keep the latest preview in this file while the picture is made",
+    )
+    parser.add_argument("--request-id", metavar="ID", help="what `darkroom cancel` takes")
     parser.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS")
     parser.set_defaults(run=_generate)
+
+
+def _add_cancel(commands: Any) -> None:
+    parser = commands.add_parser("cancel", help="cancel a request that waits or runs")
+    parser.add_argument("request_id", metavar="REQUEST_ID")
+    parser.add_argument("--url", default="localhost:8001", help="default: %(default)s, gRPC")
+    parser.set_defaults(run=_cancel)
 
 
 def _add_serve(commands: Any) -> None:
@@ -74,7 +111,36 @@ def _add_serve(commands: Any) -> None:
         metavar="SIZE",
         help="keep answers, to give them again to equal requests: 64MB, say; off by default",
     )
+    parser.add_argument(
+        "--log-file",
+        type=Path,
+        metavar="FILE",
+        help="append tritonserver's log to this file; without it the log goes with the server",
+    )
+    parser.add_argument(
+        "--trace-config",
+        action="append",
+        default=[],
+        metavar="SETTING",
+        help="a setting of Triton's tracing, such as mode=opentelemetry; may be repeated",
+    )
+    parser.add_argument(
+        "--probe-timeout",
+        type=_seconds,
+        default=120.0,
+        metavar="SECONDS",
+        help="restart a server that makes no probe picture in this time; default: %(default)g",
+    )
     parser.set_defaults(run=_serve)
+
+
+def _add_probe(commands: Any) -> None:
+    parser = commands.add_parser(
+        "probe", help="ask a server for its smallest picture, to see whether it works"
+    )
+    parser.add_argument("--url", default="localhost:8001", help="default: %(default)s, gRPC")
+    parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="SECONDS")
+    parser.set_defaults(run=_probe)
 
 
 def _add_export(commands: Any) -> None:
@@ -104,24 +170,10 @@ def _add_random_checkpoint(commands: Any) -> None:
 def _generate(options: argparse.Namespace) -> int:
     # Refused before the work, not after it.
     output: Path = options.output
-    if not output.parent.is_dir():
-        raise DarkroomError(f"{output.parent}: no such folder to save the picture in")
-    if output.is_dir():
-        raise DarkroomError(f"{output}: is a folder, not a file to save the picture in")
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise DarkroomError(f"{output}: no picture format has the suffix {output.suffix!r}")
-    with Client(options.url) as client, terminal_progress("generating"):
-        picture = client.generate(
-            options.prompt,
-            negative_prompt=options.negative_prompt,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            seed=options.seed,
-            width=options.width,
-            height=options.height,
-            sampler=options.sampler,
-            timeout=options.timeout,
-        )
+    for file in filter(None, (output, options.preview)):
+        _check_picture_file(file)
+    with Client(options.url) as client:
+        picture = _ask(client, options)
     for note in picture.notes:
         print(f"note: {note}", file=sys.stderr)
     try:
@@ -136,28 +188,126 @@ def _generate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _serve(options: argparse.Namespace) -> int:
-    from darkroom.server import Ports, Server  # noqa: PLC0415  its needs are an extra
+def _check_picture_file(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise DarkroomError(f"{path.parent}: no such folder to save the picture in")
+    if path.is_dir():
+        raise DarkroomError(f"{path}: is a folder, not a file to save the picture in")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise DarkroomError(f"{path}: no picture format has the suffix {path.suffix!r}")
 
-    ports = Ports(options.host, options.http_port, options.grpc_port, options.metrics_port)
-    server = Server(options.repository, ports, terminal_progress, options.response_cache)
-    is_stopping = threading.Event()
+
+def _ask(client: Client, options: argparse.Namespace) -> Picture:
+    fields: Options = {
+        "negative_prompt": options.negative_prompt,
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+        "guidance_rescale": options.guidance_rescale,
+        "guidance_start": options.guidance_start,
+        "guidance_stop": options.guidance_stop,
+        "seed": options.seed,
+        "width": options.width,
+        "height": options.height,
+        "sampler": options.sampler,
+        "eta": options.eta,
+        "timestep_spacing": options.timestep_spacing,
+        "clip_skip": options.clip_skip,
+        "max_embeddings_multiples": options.max_embeddings_multiples,
+    }
+    if options.preview is None and not sys.stderr.isatty():
+        # Nobody watches, and what is not streamed may come out of the server's response cache.
+        with terminal_progress("generating"):
+            return client.generate(
+                options.prompt, request_id=options.request_id, timeout=options.timeout, **fields
+            )
+    with (
+        StepLine("generating") as line,
+        client.stream(
+            options.prompt,
+            preview_interval=None if options.preview is None else 1,
+            request_id=options.request_id,
+            timeout=options.timeout,
+            **fields,
+        ) as events,
+    ):
+        for event in events:
+            line.tell(event)
+            if isinstance(event, Preview):
+                _replace_picture(options.preview, event.image)
+            if isinstance(event, Done):
+                return event.pictures[0]
+    raise AssertionError("this is a bug: a stream ends with Done or an error")
+
+
+def _replace_picture(path: Path, image: Image.Image) -> None:
+    """Write the file so that whoever looks at it meanwhile sees the old picture or the new one."""
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        # An exception is what interrupts a start; once the server runs, a flag is safer: one
-        # raised inside somebody's __del__ would be lost, and the signal with it.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        server.start()
+        image.save(part)
+        part.replace(path)
+    except (OSError, ValueError) as error:
+        part.unlink(missing_ok=True)
+        raise DarkroomError(f"{path}: {error}") from None
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    with Client(options.url) as client:
+        if not client.cancel(options.request_id):
+            raise DarkroomError(f"{options.request_id}: no such request is waiting or running")
+    print(f"{options.request_id}: cancelled")
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    # Its needs are an extra.
+    from darkroom.server import Ports, ServeInterrupted, Server  # noqa: PLC0415
+    from darkroom.supervisor import Patience, Supervisor  # noqa: PLC0415
+
+    server = Server(
+        options.repository,
+        Ports(options.host, options.http_port, options.grpc_port, options.metrics_port),
+        terminal_progress,
+        options.response_cache,
+        log_file=options.log_file,
+        trace_config=options.trace_config,
+    )
+
+    def interrupt(*_: object) -> None:
+        # A flag, since an exception raised inside somebody's __del__ would be lost.
+        server.is_stopping = True
+
+    try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: is_stopping.set())
+            signal.signal(number, interrupt)
+        server.start()
         print(
             f"ready: {options.repository} at gRPC {server.grpc_url}, HTTP {server.http_url}, "
             f"metrics {server.metrics_url}; Ctrl-C stops it",
             flush=True,
         )
-        server.wait(is_stopping)
-        print("stopping", file=sys.stderr)
+        Supervisor(server, _tell, Patience(probe_timeout_s=options.probe_timeout)).run()
+        _tell("stopping")
+    except ServeInterrupted:
+        return EXIT_INTERRUPTED
     finally:
         server.stop()
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    start = time.monotonic()
+    with Client(options.url) as client:
+        try:
+            picture = probe(client, options.timeout)
+        except QueueFull as error:
+            print(f"{options.url} is alive: {error}")
+        except RequestTimeout:
+            raise DarkroomError(f"{options.url}: no picture within {options.timeout:g} s") from None
+        else:
+            print(
+                f"{options.url} is alive: it made a picture of {picture.width}x{picture.height} "
+                f"in {time.monotonic() - start:.2f} s"
+            )
     return 0
 
 
@@ -204,6 +354,20 @@ def _bytes(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512KB, 64MB or 1GB")
     return int(match[1]) * {"KB": 2**10, "MB": 2**20, "GB": 2**30}[match[2]]
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class _extra:  # noqa: N801  reads as a statement

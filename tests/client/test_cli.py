@@ -2,22 +2,31 @@
 
 import importlib.util
 import json
+import os
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr
 from importlib import metadata
+from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from fake_triton import INFO, FakeTriton, encode_picture, paint
+from fake_triton import INFO, Arrays, FakeTriton, encode_picture, narrate, paint, tell
 from missing_packages import run_without
-from PIL import Image
+from PIL import Image, ImageChops
 
 from darkroom.cli import main
 
 has_torch = importlib.util.find_spec("torch") is not None
 needs_export = pytest.mark.skipif(not has_torch, reason="the export extra is not installed")
 
+WAIT_S = 30.0
 RUN_MAIN = "from darkroom.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -57,8 +66,10 @@ def test_generate_converts_to_what_the_suffix_says(
 
 def test_generate_sends_its_options_and_nothing_else(triton: FakeTriton, tmp_path: Path) -> None:
     numbers = ("--num-inference-steps", "4", "--guidance-scale", "1.5", "--seed", "0")
+    numbers += ("--guidance-rescale", "0.5", "--guidance-start", "0.25", "--guidance-stop", "0.75")
+    numbers += ("--eta", "1", "--clip-skip", "1", "--max-embeddings-multiples", "3")
     size = ("--width", "32", "--height", "24")
-    texts = ("--negative-prompt", "a dog", "--sampler", "unipc")
+    texts = ("--negative-prompt", "a dog", "--sampler", "ddim", "--timestep-spacing", "trailing")
     generate(triton, tmp_path / "cat.png", *numbers, *size, *texts)
     generate(triton, tmp_path / "cat.png", "--seed", "1")
 
@@ -71,10 +82,162 @@ def test_generate_sends_its_options_and_nothing_else(triton: FakeTriton, tmp_pat
             "seed": 0,
             "width": 32,
             "height": 24,
-            "sampler": "unipc",
+            "guidance_rescale": 0.5,
+            "guidance_start": 0.25,
+            "guidance_stop": 0.75,
+            "sampler": "ddim",
+            "eta": 1.0,
+            "timestep_spacing": "trailing",
+            "clip_skip": 1,
+            "max_embeddings_multiples": 3,
         },
         {"prompt": "a cat", "seed": 1},
     ]
+
+
+class Terminal(StringIO):
+    """A stderr that somebody watches."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_generate_shows_the_steps_on_a_terminal(
+    triton: FakeTriton,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    scheme: str,
+) -> None:
+    """And the rest is as it is elsewhere."""
+    url = {"grpc": triton.grpc_url, "http": triton.http_url}[scheme]
+    with redirect_stderr(Terminal()) as terminal:
+        status = generate(triton, tmp_path / "cat.png", "--seed", "7", "--url", url)
+
+    assert status == 0
+    shown = [line.split("  ")[0] for line in terminal.getvalue().split("\r")]
+    assert shown == [
+        "",
+        "> generating: waiting, 0 ahead",
+        "> generating: step 1 of 3",
+        "> generating: step 2 of 3",
+        "> generating: step 3 of 3",
+        "+ generating",
+    ]
+    assert terminal.getvalue().endswith("\n")
+    assert (tmp_path / "cat.png").read_bytes() == encode_picture(7)
+    assert capsys.readouterr().out == f"{tmp_path / 'cat.png'}: 16x8, seed 7\n"
+    assert "preview_interval" not in triton.requests[0]
+
+
+def test_generate_streams_for_nobody(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    triton.models.discard("stable_diffusion_stream")
+
+    assert generate(triton, tmp_path / "cat.png") == 0
+    assert capsys.readouterr().err.startswith("\r+ generating ")
+
+
+def test_an_error_in_a_stream_is_one_line(triton: FakeTriton, tmp_path: Path) -> None:
+    triton.failure = (grpc.StatusCode.INTERNAL, "unet failed: out of memory")
+    with redirect_stderr(Terminal()) as terminal:
+        status = generate(triton, tmp_path / "cat.png")
+
+    assert status == 1
+    failed, message, _ = terminal.getvalue().split("\n")
+    assert failed.strip().startswith("x generating ")
+    assert message == "darkroom: unet failed: out of memory"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_generate_keeps_the_latest_preview(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
+) -> None:
+    preview = tmp_path / f"preview.{suffix}"
+    seen = []
+
+    def script(fields: dict[str, Any], stop: threading.Event) -> Iterator[Arrays]:
+        for answer in narrate(fields, stop):
+            yield answer
+            if "preview" in answer:
+                seen.append(answer["preview"][0])
+
+    triton.script = script
+    status = generate(triton, tmp_path / "cat.png", "--preview", str(preview))
+
+    assert status == 0
+    assert len(seen) == 3
+    with Image.open(preview) as opened, Image.open(BytesIO(seen[-1])) as last:
+        difference = ImageChops.difference(opened.convert("RGB"), last)
+        assert max(high for _, high in difference.getextrema()) <= 3
+    assert {path.name for path in tmp_path.iterdir()} == {"cat.png", preview.name}
+    assert capsys.readouterr().err.startswith("\r+ generating ")
+
+
+@pytest.mark.parametrize("name", ["preview.xyz", "no-such-folder/preview.png", "folder.png"])
+def test_a_preview_that_cannot_be_written_is_refused_before_the_work(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "folder.png").mkdir()
+    status = generate(triton, tmp_path / "cat.png", "--preview", str(tmp_path / name))
+
+    assert status == 1
+    assert str((tmp_path / name).parent) in refusal(capsys)
+    assert triton.requests == []
+
+
+def test_a_preview_that_turns_out_not_to_be_writable_ends_the_request(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No RGB picture fits into an XBM file."""
+    status = generate(triton, tmp_path / "cat.png", "--preview", str(tmp_path / "preview.xbm"))
+
+    assert status == 1
+    assert f"{tmp_path / 'preview.xbm'}: " in refusal(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_cancels_the_request(triton: FakeTriton, tmp_path: Path) -> None:
+    def script(_fields: dict[str, Any], stop: threading.Event) -> Iterator[Arrays]:
+        yield tell(type="queued", position=4)
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.wait(WAIT_S)
+
+    triton.script = script
+    with redirect_stderr(Terminal()) as terminal:
+        status = generate(triton, tmp_path / "cat.png")
+
+    assert status == 130
+    assert triton.is_cancelled.wait(WAIT_S)
+    assert terminal.getvalue().split("\r")[-1].startswith("x generating ")
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_cancel_ends_a_request_by_its_id(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str], scheme: str
+) -> None:
+    url = {"grpc": triton.grpc_url, "http": triton.http_url}[scheme]
+    triton.gate.clear()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(generate, triton, tmp_path / "cat.png", "--request-id", "mine")
+        triton.wait_for_requests(1, WAIT_S)
+        assert main(["cancel", "mine", "--url", url]) == 0
+        assert asked.result() == 1
+
+    captured = capsys.readouterr()
+    assert captured.out == "mine: cancelled\n"
+    assert "darkroom: the request was cancelled\n" in captured.err
+
+
+def test_cancelling_what_does_not_run_is_one_line(
+    triton: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cancel", "mine", "--url", triton.grpc_url]) == 1
+    assert refusal(capsys) == "darkroom: mine: no such request is waiting or running"
+    assert main(["cancel", "", "--url", triton.grpc_url]) == 1
+    assert refusal(capsys).startswith("darkroom: request_id: ''")
 
 
 def test_generate_asks_over_http_too(triton: FakeTriton, tmp_path: Path) -> None:
@@ -290,6 +453,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["develop"],
         ["generate"],
         ["generate", "a cat", "--seed", "one"],
+        ["cancel"],
         ["export", "checkpoint", "repository", "--precision", "fp4"],
         ["serve", "repository", "--response-cache", "much"],
     ],

@@ -1,140 +1,177 @@
 """Starting, stopping and failing to start, each with a server of its own."""
 
-import contextlib
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from serving import (
+    WAIT_S,
+    are_gone,
+    serve_command,
+    server_processes,
+    serving,
+    shm_regions,
+    wait_until,
+    wait_until_stepping,
+)
 
 from darkroom import Client, DarkroomError, RequestTimeout
 from darkroom.server import Ports, ServeError, Server, free_ports
 
-WAIT_S = 60.0
-SHM = Path("/dev/shm")  # noqa: S108  where Triton keeps its shared memory
 
-
-def serve_command(repository: Path, ports: Ports) -> list[str]:
-    return [
-        *(sys.executable, "-m", "darkroom.cli", "serve", str(repository)),
-        *("--http-port", str(ports.http), "--grpc-port", str(ports.grpc)),
-        *("--metrics-port", str(ports.metrics)),
-    ]
-
-
-@contextlib.contextmanager
-def serving(repository: Path) -> Iterator[tuple[subprocess.Popen[str], Ports]]:
-    """`darkroom serve` as a user runs it, once it has said that it is ready."""
-    ports = free_ports()
-    process = subprocess.Popen(
-        serve_command(repository, ports), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith("ready: ")
-        yield process, ports
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def server_processes(ports: Ports) -> list[int]:
-    """The tritonserver on these ports and its stubs."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            words = (entry / "cmdline").read_bytes()
-            if f"--grpc-port={ports.grpc}".encode() in words:
-                found.append(int(entry.name))
-                children = (entry / "task" / entry.name / "children").read_text().split()
-                found += [int(child) for child in children]
-    return found
-
-
-def are_gone(processes: list[int]) -> bool:
-    return not any(Path(f"/proc/{process}").exists() for process in processes)
-
-
-def wait_until_gone(processes: list[int]) -> None:
-    give_up_at = time.monotonic() + WAIT_S
-    while not are_gone(processes):
-        assert time.monotonic() < give_up_at, "processes are left"
-        time.sleep(0.05)
-
-
-def shm_regions() -> set[str]:
-    return {entry.name for entry in SHM.iterdir() if entry.name.startswith("darkroom-")}
+def models(repository: Path) -> set[str]:
+    return {config.parent.name for config in repository.glob("*/config.pbtxt")}
 
 
 @pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_everything_cleanly(repository: Path, stop_signal: signal.Signals) -> None:
     before = shm_regions()
-    with serving(repository) as (process, ports):
-        processes = server_processes(ports)
-        assert len(processes) == 5  # the server, three networks and the engine
+    with serving(repository) as served:
+        processes = served.processes()
+        assert processes.keys() == {"tritonserver", *models(repository)}
         assert shm_regions() > before
 
-        process.send_signal(stop_signal)
+        served.process.send_signal(stop_signal)
 
-        assert process.wait(WAIT_S) == 0
+        assert served.process.wait(WAIT_S) == 0
         assert are_gone(processes)
+    assert served.told[-1] == "stopping"
+    assert shm_regions() == before
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_interrupts_a_start(repository: Path, stop_signal: signal.Signals) -> None:
+    before = shm_regions()
+    ports = free_ports()
+    process = subprocess.Popen(
+        serve_command(repository, ports), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: "tritonserver" in server_processes(ports))
+    processes = server_processes(ports)
+    process.send_signal(stop_signal)
+    out, err = process.communicate(timeout=WAIT_S)
+
+    assert process.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    assert are_gone(processes)
     assert shm_regions() == before
 
 
 def test_a_stop_answers_requests_that_are_running(repository: Path) -> None:
     """Nothing hangs: a request ends in a picture or in an error, never in silence."""
     with (
-        serving(repository) as (process, ports),
-        Client(f"127.0.0.1:{ports.grpc}") as client,
+        serving(repository) as served,
+        Client(served.grpc_url) as client,
         ThreadPoolExecutor() as pool,
     ):
         request = pool.submit(client.generate, "a red circle", num_inference_steps=150)
-        process.send_signal(signal.SIGTERM)
+        served.process.send_signal(signal.SIGTERM)
 
         assert isinstance(request.exception(WAIT_S), DarkroomError) or request.result().size
-        assert process.wait(WAIT_S) == 0
+        assert served.process.wait(WAIT_S) == 0
 
 
 def test_a_killed_serve_leaves_no_server_behind(repository: Path) -> None:
     """Even with requests on their way, which are answered with an error."""
     with (
-        serving(repository) as (process, ports),
-        Client(f"127.0.0.1:{ports.grpc}") as client,
+        serving(repository) as served,
+        Client(served.grpc_url) as client,
         ThreadPoolExecutor() as pool,
     ):
-        processes = server_processes(ports)
+        processes = served.processes()
         requests = [
             pool.submit(client.generate, "a red circle", num_inference_steps=150, seed=seed)
             for seed in range(4)
         ]
-        process.kill()
-        process.wait(WAIT_S)
+        served.process.kill()
+        served.process.wait(WAIT_S)
 
-        wait_until_gone(processes)
+        wait_until(lambda: are_gone(processes))
         for request in requests:
             assert isinstance(request.exception(WAIT_S), DarkroomError) or request.result().size
 
     # What a killed program could not remove itself, the next one does.
     leftovers = shm_regions()
     Server(repository).stop()
-    assert not {name for name in leftovers if name.startswith(f"darkroom-{process.pid}-")} & (
-        shm_regions()
-    )
+    owner = f"darkroom-{served.process.pid}-"
+    assert not {name for name in leftovers if name.startswith(owner)} & shm_regions()
+
+
+def test_a_stop_does_not_wait_for_answers_that_cannot_come(repository: Path) -> None:
+    """Nor do the clients: an engine whose process has died has taken its answers with it."""
+    with (
+        Server(repository, free_ports()) as server,
+        Client(server.grpc_url) as client,
+        ThreadPoolExecutor() as pool,
+    ):
+        processes = server_processes(server.ports)
+        request = pool.submit(client.generate, "a red circle", num_inference_steps=150, width=256)
+        wait_until_stepping(server.grpc_url)
+        os.kill(processes["stable_diffusion"], signal.SIGKILL)
+        server.stop()
+
+        assert isinstance(request.exception(WAIT_S), DarkroomError)
+        assert are_gone(processes)
+
+
+def test_an_engine_that_dies_while_it_starts_is_an_error_not_a_hang(
+    repository: Path, tmp_path: Path
+) -> None:
+    copy = copied(repository, tmp_path)
+    model = copy / "stable_diffusion" / "1" / "model.py"
+    dying = "def execute(self, _):\n        __import__('os')._exit(1)\n\n    def former("
+    model.write_text(model.read_text().replace("def execute(", dying))
+
+    with pytest.raises(ServeError, match=r"^stable_diffusion died"):
+        Server(copy, free_ports()).start()
+
+
+def test_the_models_get_a_folder_of_their_own_for_sockets(server: Server) -> None:
+    process = server_processes(server.ports)["stable_diffusion"]
+    environment = Path(f"/proc/{process}/environ").read_bytes().decode().split("\0")
+    named = dict(line.split("=", 1) for line in environment if line)["DARKROOM_RUNTIME_DIR"]
+
+    assert Path(named).stat().st_mode & 0o777 == 0o700
+
+
+def test_the_log_is_appended_to_a_file_that_stays(repository: Path, tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    log.write_text("E1124 from an earlier run\n")
+    with Server(repository, free_ports(), log_file=log):
+        pass
+
+    assert log.read_text().startswith("E1124 from an earlier run\n")
+    assert "successfully loaded 'stable_diffusion'" in log.read_text()
+
+
+def test_a_failure_tells_the_errors_of_its_own_run_only(repository: Path, tmp_path: Path) -> None:
+    copy = copied(repository, tmp_path)
+    (copy / "unet" / "1" / "model.onnx").unlink()
+    log = tmp_path / "server.log"
+    log.write_text("E1124 from an earlier run\n")
+
+    with pytest.raises(ServeError, match="unet") as failure:
+        Server(copy, free_ports(), log_file=log).start()
+    assert "earlier run" not in str(failure.value)
+
+
+def test_a_log_file_that_cannot_be_written_is_named(repository: Path, tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match=r"log file .*/nowhere/server.log: No such file"):
+        Server(repository, free_ports(), log_file=tmp_path / "nowhere" / "server.log").start()
 
 
 def test_the_serving_processes_hold_no_pytorch(server: Server, client: Client) -> None:
     client.generate("a red circle", num_inference_steps=1)
     processes = server_processes(server.ports)
 
-    assert len(processes) == 5
-    for process in processes:
+    assert processes.keys() == {"tritonserver", *models(server.repository)}
+    for process in processes.values():
         assert "torch" not in Path(f"/proc/{process}/maps").read_text()
 
 
