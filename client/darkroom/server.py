@@ -25,6 +25,7 @@ from darkroom.background import in_background
 from darkroom.client import Client
 from darkroom.distribution import Distribution
 from darkroom.exceptions import DarkroomError
+from darkroom.guard import Guard
 from darkroom.picture import Picture
 from darkroom.ports import Ports, check_ports, free_ports
 from darkroom.probe import probe
@@ -101,6 +102,7 @@ class Server:
         self._shm_prefix = f"{self._runtime.name}_"
         self._process: subprocess.Popen[bytes] | None = None
         self._stubs: Stubs | None = None
+        self._guard: Guard | None = None
 
     @property
     def grpc_url(self) -> str:
@@ -230,7 +232,9 @@ class Server:
         bury_group(process.pid)
         for region in _SHM.glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
-        self._process = self._stubs = None
+        if self._guard:
+            self._guard.dismiss()
+        self._process = self._stubs = self._guard = None
 
     def _launch(self) -> None:
         distribution = Distribution.find()
@@ -283,6 +287,9 @@ class Server:
                 preexec_fn=_die_with_parent,  # noqa: PLW1509  one call, no locks, no allocation
             )
         self._stubs = Stubs(self._process.pid)
+        self._guard = Guard(
+            self._process.pid, str(_SHM / self._shm_prefix), patience_s=int(STOP_TIMEOUT_S)
+        )
 
     def _wait_until_live(self, give_up_at: float) -> None:
         with tritonclient.grpc.InferenceServerClient(self.grpc_url) as triton:

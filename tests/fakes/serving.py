@@ -149,5 +149,6 @@ def are_gone(processes: dict[str, int]) -> bool:
     return True
 
 
-def shm_regions() -> set[str]:
-    return {entry.name for entry in SHM.iterdir() if entry.name.startswith("darkroom-")}
+def shm_regions(owner: int) -> list[str]:
+    """The shared memory of the servers that the process `owner` has started."""
+    return [entry.name for entry in SHM.glob(f"darkroom-{owner}-*")]

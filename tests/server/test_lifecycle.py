@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,23 +31,21 @@ def models(repository: Path) -> set[str]:
 
 @pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_everything_cleanly(repository: Path, stop_signal: signal.Signals) -> None:
-    before = shm_regions()
     with serving(repository) as served:
         processes = served.processes()
         assert processes.keys() == {"tritonserver", *models(repository)}
-        assert shm_regions() > before
+        assert shm_regions(served.process.pid)
 
         served.process.send_signal(stop_signal)
 
         assert served.process.wait(WAIT_S) == 0
         assert are_gone(processes)
     assert served.told[-1] == "stopping"
-    assert shm_regions() == before
+    assert shm_regions(served.process.pid) == []
 
 
 @pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_interrupts_a_start(repository: Path, stop_signal: signal.Signals) -> None:
-    before = shm_regions()
     ports = free_ports()
     process = subprocess.Popen(
         serve_command(repository, ports), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -60,7 +59,7 @@ def test_a_signal_interrupts_a_start(repository: Path, stop_signal: signal.Signa
     assert out == ""
     assert "Traceback" not in err
     assert are_gone(processes)
-    assert shm_regions() == before
+    assert shm_regions(process.pid) == []
 
 
 def test_a_stop_answers_requests_that_are_running(repository: Path) -> None:
@@ -96,11 +95,23 @@ def test_a_killed_serve_leaves_no_server_behind(repository: Path) -> None:
         for request in requests:
             assert isinstance(request.exception(WAIT_S), DarkroomError) or request.result().size
 
-    # What a killed program could not remove itself, the next one does.
-    leftovers = shm_regions()
+    wait_until(lambda: shm_regions(served.process.pid) == [])
+    # The files that a killed program could not remove itself, the next one does.
+    files = list(Path(tempfile.gettempdir()).glob(f"darkroom-{served.process.pid}-*"))
+    assert files
     Server(repository).stop()
-    owner = f"darkroom-{served.process.pid}-"
-    assert not {name for name in leftovers if name.startswith(owner)} & shm_regions()
+    assert not any(file.exists() for file in files)
+
+
+def test_a_server_that_hangs_does_not_outlive_a_killed_serve(repository: Path) -> None:
+    with serving(repository) as served:
+        processes = served.processes()
+        # It cannot even notice that it is asked to stop.
+        os.kill(processes["tritonserver"], signal.SIGSTOP)
+        served.process.kill()
+
+        wait_until(lambda: are_gone(processes))
+        wait_until(lambda: shm_regions(served.process.pid) == [])
 
 
 def test_a_stop_does_not_wait_for_answers_that_cannot_come(repository: Path) -> None:

@@ -64,8 +64,7 @@ def stop(served: Serving) -> None:
     served.process.send_signal(signal.SIGTERM)
     assert served.process.wait(WAIT_S) == 0
     wait_until(lambda: are_gone(processes))
-    owner = f"darkroom-{served.process.pid}-"
-    assert not [name for name in shm_regions() if name.startswith(owner)]
+    assert shm_regions(served.process.pid) == []
 
 
 @pytest.mark.parametrize("network", ["unet", "vae_decoder"])
