@@ -12,6 +12,7 @@ from typing import Any
 Fields = dict[str, bytes | int | float]
 
 PARENT_POLL_S = 1.0
+_PARENT = os.getppid()
 
 
 class MalformedField(ValueError):
@@ -40,16 +41,21 @@ def read_fields(pb_utils: Any, request: Any, names: list[str]) -> Fields:
     return fields
 
 
+def is_server_gone() -> bool:
+    """Whether the server's process has ended; to call it then may hang for ever."""
+    return os.getppid() != _PARENT
+
+
 def end_with_server() -> threading.Event:
     """End this process when the server's is gone, until the returned event is set.
 
     The stub looks for that itself, but then waits for a lock that a call to the dead server holds.
     """
-    parent, is_over = os.getppid(), threading.Event()
+    is_over = threading.Event()
 
     def watch() -> None:
         while not is_over.wait(PARENT_POLL_S):
-            if os.getppid() != parent:
+            if is_server_gone():
                 os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -230,6 +230,26 @@ def test_cancels_and_deadlines_are_answered_while_a_network_is_away(harness: Har
         expired.result(WAIT_S)
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_network_that_will_not_come_back_is_not_waited_for(
+    harness: Harness, network: str
+) -> None:
+    harness.picture()
+    harness.networks.away[network] = NetworkFailed(network, "the server stops", is_final=True)
+
+    with pytest.raises(NetworkFailed, match="the server stops"):
+        harness.picture("new")
+
+
+def test_a_network_that_turns_out_not_to_come_back_is_not_waited_for(harness: Harness) -> None:
+    harness.picture()
+    harness.networks.fail_next["unet"] = NetworkFailed("unet", "its process died")
+    harness.networks.away["unet"] = NetworkFailed("unet", "the server stops", is_final=True)
+
+    with pytest.raises(NetworkFailed, match="its process died"):
+        harness.picture()
+
+
 def test_close_does_not_wait_for_a_network_that_is_away(
     make_engine: Callable[..., Harness],
 ) -> None:

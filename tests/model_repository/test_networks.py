@@ -146,6 +146,19 @@ def test_a_failure_names_the_network_in_whichever_form_it_comes(
     assert caught.value.network == name
 
 
+@pytest.mark.parametrize(
+    ("message", "is_final"), [("Server not ready", True), ("Model 'unet' is not ready", False)]
+)
+def test_only_a_server_that_stops_makes_a_failure_final(
+    networks: TritonNetworks, server: pb_utils.Server, message: str, *, is_final: bool
+) -> None:
+    server.models["vae_decoder"] = fail_with(pb_utils.TritonModelException(message))
+
+    with pytest.raises(NetworkFailed, match=message) as caught:
+        networks.decode(np.zeros((1, 4, 2, 2), np.float32))
+    assert caught.value.is_final is is_final
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_that_is_gone_is_named(
     networks: TritonNetworks, server: pb_utils.Server, name: str

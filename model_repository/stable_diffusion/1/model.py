@@ -120,6 +120,9 @@ class MetricsPublisher:
 
     def _run(self) -> None:
         while (entry := self._queue.get()) is not None:
+            # Such a call would hang with Python's lock held, and nobody could end this process.
+            if stub.is_server_gone():
+                return
             try:
                 self._publish(*entry)
             except Exception:

@@ -65,6 +65,12 @@ class NetworkFailed(EngineError):
 
     code = "INTERNAL"
 
-    def __init__(self, network: str, problem: str) -> None:
+    def __init__(self, network: str, problem: str, *, is_final: bool = False) -> None:
+        """Name a network and what is wrong with it.
+
+        Args:
+            is_final: whether the network will not be there again, and waiting is in vain.
+        """
         super().__init__(f"{network} failed: {problem}")
         self.network = network
+        self.is_final = is_final

@@ -101,9 +101,15 @@ class TritonNetworks:
         try:
             response = request.exec()
         except pb_utils.TritonModelException as error:
-            raise NetworkFailed(network, str(error)) from error
+            raise _failure(network, str(error)) from error
         if response.has_error():
-            raise NetworkFailed(network, response.error().message())
+            raise _failure(network, response.error().message())
         (tensor,) = response.output_tensors()
         array: NDArray[np.float32] = tensor.as_numpy()
         return array
+
+
+def _failure(network: str, problem: str) -> NetworkFailed:
+    # Triton says so while it starts, which is waited for, and then only when it stops: it lets no
+    # request in any more, and waits for those that are here.
+    return NetworkFailed(network, problem, is_final="Server not ready" in problem)

@@ -107,6 +107,8 @@ class SteadyNetworks:
             return call()
         except NetworkFailed as error:
             self._count(error)
+            if error.is_final:
+                raise
             logger.warning("%s; trying once more", error)
             self._wait_until_answered(probe, error)
         try:
@@ -124,8 +126,9 @@ class SteadyNetworks:
         while True:
             try:
                 probe()
-            except NetworkFailed:
-                if self._is_given_up() or time.monotonic() > give_up_at:
+            except NetworkFailed as still:
+                is_over = still.is_final or self._is_given_up()
+                if is_over or time.monotonic() > give_up_at:
                     raise error from None
                 time.sleep(RETRY_S)
             else:
