@@ -7,22 +7,19 @@ from darkroom_engine.pace import Pace
 from darkroom_engine.sample import Sample
 
 Shape = tuple[int, int, int]
-
-PATIENCE = 2.0
-"""A sample is due when this many times its own length has passed since it arrived."""
+Order = Callable[[Sample], float]
 
 
 class Scheduler:
-    """The samples in flight, by latent shape; each turn one shape's most urgent ones make a step.
+    """The samples in flight, by latent shape; each turn some of one shape make a step.
 
     *Between shapes*, turns go round, so that none starves another.
 
-    *Within a shape*, every turn takes the samples afresh in the order in which they are due, as
-    many as there are rows. A sample is due some multiple of its own remaining length after its
-    arrival, and earlier by its priority: so a short one goes before a long one, whose state simply
-    waits a few steps. Since that time does not move away while it waits (and comes nearer with
-    every step it makes), only samples that arrive within a bounded time can overtake it: none
-    starves, whatever its priority.
+    *Within a shape*, every turn fills its rows afresh: one turn with those that came first, the
+    next with those that have least left, and so on. By the first rule nobody is put off for ever;
+    by the second a short sample does not wait for long ones, whose state simply waits. Where all
+    are alike, or all fit, both choose the same, and nobody is interrupted. In both orders a level
+    of priority is worth some seconds: of an earlier arrival, or of less that is left.
 
     Not thread-safe: the engine calls it under its own lock.
     """
@@ -40,6 +37,7 @@ class Scheduler:
         self._pace = pace
         # Insertion order is the order of the turns: the group that ran is put back at the end.
         self._groups: dict[Shape, list[Sample]] = {}
+        self._last_orders: dict[Shape, Order] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -73,16 +71,16 @@ class Scheduler:
         self._groups.setdefault(samples[0].latent_shape, []).extend(samples)
 
     def next_batch(self) -> list[Sample]:
-        """The most urgent samples of the shape whose turn it is; empty if there are none."""
+        """The next samples of the shape whose turn it is; empty if there are none."""
         if not self._groups:
             return []
         shape = next(iter(self._groups))
-        group = self._groups.pop(shape)
-        group.sort(key=self._due)
-        self._groups[shape] = group
+        group = self._groups[shape] = self._groups.pop(shape)
+        order = self._left if self._last_orders.get(shape) == self._arrival else self._arrival
+        self._last_orders[shape] = order
         free = self._max_rows(shape)
         batch = []
-        for sample in group:
+        for sample in sorted(group, key=order):
             # One that does not fit leaves its place to a smaller one for this step only: at the
             # next it comes first again.
             if sample.num_rows <= free:
@@ -91,10 +89,10 @@ class Scheduler:
         return batch
 
     def positions(self) -> dict[Sample, int]:
-        """How many of its shape will start before each sample that has not started, 0 for none."""
+        """For each sample that has not started, how many such of its shape came before it."""
         positions = {}
         for group in self._groups.values():
-            waiting = sorted((s for s in group if not s.is_started), key=self._due)
+            waiting = sorted((s for s in group if not s.is_started), key=self._arrival)
             positions.update({sample: n for n, sample in enumerate(waiting)})
         return positions
 
@@ -114,31 +112,46 @@ class Scheduler:
     def _keep(self, wanted: Callable[[Sample], bool]) -> None:
         groups = {shape: [*filter(wanted, group)] for shape, group in self._groups.items()}
         self._groups = {shape: group for shape, group in groups.items() if group}
+        self._last_orders = {s: o for s, o in self._last_orders.items() if s in self._groups}
 
-    def _due(self, sample: Sample) -> float:
-        """On the clock of `time.monotonic`, seconds."""
-        job = sample.job
-        head_start = job.request.priority * self._seconds_per_priority
-        length = sample.num_steps_left * self._pace.step_s(sample.latent_shape, sample.num_rows)
-        return job.submitted_at - head_start + PATIENCE * length
+    def _arrival(self, sample: Sample) -> float:
+        """When it came, or would have come by its priority, on the clock of `time.monotonic`."""
+        return sample.job.submitted_at - self._head_start(sample)
+
+    def _left(self, sample: Sample) -> float:
+        """Seconds of its own steps that are left, fewer by its priority."""
+        step_s = self._pace.step_s(sample.latent_shape, sample.num_rows)
+        return sample.num_steps_left * step_s - self._head_start(sample)
+
+    def _head_start(self, sample: Sample) -> float:
+        return sample.job.request.priority * self._seconds_per_priority
 
     def _check_deadline(self, samples: list[Sample]) -> None:
         """Refuse what would only run out of time among those before it, and cost them theirs."""
         timeout_ms = samples[0].job.request.timeout_ms
         if timeout_ms is None:
             return
-        due = self._due(samples[0])
-        ahead = [other for other in self.samples() if self._due(other) <= due]
+        others = self.samples()
         # With nothing in its way, a request may try: the pace is an estimate.
-        if not ahead:
+        if not others:
             return
-        needed_s = self._pace.seconds_for([*ahead, *samples], self._max_rows)
+        # Whichever order lets it through first; the shorter ones' has every second step.
+        needed_s = min(
+            self._seconds_through(samples, others, self._arrival),
+            2 * self._seconds_through(samples, others, self._left),
+        )
         if 1000 * needed_s > timeout_ms:
             raise Overloaded(
                 f"timeout_ms: {timeout_ms} cannot be kept, about {1000 * needed_s:.0f} ms of work "
                 "are ahead",
                 needed_s - timeout_ms / 1000,
             )
+
+    def _seconds_through(self, samples: list[Sample], others: list[Sample], order: Order) -> float:
+        """How long it takes to do `samples` and those of the others that this order puts first."""
+        own = order(samples[0])
+        first = [other for other in others if order(other) <= own]
+        return self._pace.seconds_for([*first, *samples], self._max_rows)
 
     def _seconds_until_room(self, num_places: int) -> float:
         samples = self.samples()
