@@ -16,7 +16,7 @@ _PARENT = os.getppid()
 
 
 class MalformedField(ValueError):
-    """An input tensor that is not one value; `field` is its name."""
+    """Something of a request that cannot be read; `field` is its name."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(problem)
@@ -39,6 +39,18 @@ def read_fields(pb_utils: Any, request: Any, names: list[str]) -> Fields:
             raise MalformedField(name, f"shape {list(values.shape)} is not [1]")
         fields[name] = values.item()
     return fields
+
+
+def read_request_id(request: Any) -> str:
+    """The id of a Triton request, empty if it has none.
+
+    Raises:
+        MalformedField: it is no text.
+    """
+    try:
+        return str(request.request_id())
+    except UnicodeDecodeError:
+        raise MalformedField("id", "not UTF-8 text") from None
 
 
 def is_server_gone() -> bool:

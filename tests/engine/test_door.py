@@ -182,8 +182,9 @@ def test_a_newer_door_takes_the_place_and_keeps_it(
     make_door: Callable[[Harness], Door], harness: Harness
 ) -> None:
     """As when Triton loads the new engine before it unloads the old one."""
-    older, newer = Door(harness.engine), make_door(harness)
+    older = Door(harness.engine)
     older.start()
+    newer = make_door(harness)
     assert messages(ask())[-1][1]
     older.close()
 

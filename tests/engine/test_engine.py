@@ -1,6 +1,8 @@
 """Every admitted request ends in exactly one answer, and no failure stops the engine."""
 
+import sys
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -12,9 +14,11 @@ from darkroom_engine import (
     DeadlineExceeded,
     EngineError,
     InvalidRequest,
+    JobResult,
     NetworkFailed,
     Overloaded,
 )
+from darkroom_engine.errors import NotYetAllowed
 
 
 def hold(harness: Harness, **fields: object) -> None:
@@ -228,6 +232,106 @@ def test_cancels_and_deadlines_are_answered_while_a_network_is_away(harness: Har
         cancelled.result(WAIT_S)
     with pytest.raises(DeadlineExceeded):
         expired.result(WAIT_S)
+
+
+def test_a_network_that_stays_away_is_waited_for_once_not_by_each(
+    make_engine: Callable[..., Harness],
+) -> None:
+    """Of six new prompts with a dead text encoder, the first waits, and the others fail at once."""
+    harness = make_engine(heal_timeout_s=1)
+    harness.picture()
+    harness.networks.away["text_encoder"] = NetworkFailed("text_encoder", "its process died")
+    start = time.monotonic()
+    futures = [harness.ask(f"new {n}") for n in range(6)]
+    for future in futures:
+        with pytest.raises(NetworkFailed):
+            future.result(WAIT_S)
+    # A bound that only six waits in a row exceed.
+    assert time.monotonic() - start < 5
+
+    harness.networks.away.clear()
+    assert harness.picture("new")
+
+
+def test_networks_that_may_not_be_called_yet_are_called_again(
+    make_engine: Callable[..., Harness], networks: FakeNetworks
+) -> None:
+    """Triton says that a model is ready while its new instance is still being loaded."""
+    networks.away["text_encoder"] = NotYetAllowed("text_encoder", "BLS is only supported during")
+    harness = make_engine()
+    future = harness.ask()
+    threading.Event().wait(0.2)
+    assert not future.done()
+    networks.away.clear()
+
+    assert future.result(WAIT_S).pictures
+
+
+def test_close_does_not_wait_until_networks_may_be_called(
+    make_engine: Callable[..., Harness], networks: FakeNetworks
+) -> None:
+    networks.away["text_encoder"] = NotYetAllowed("text_encoder", "BLS is only supported during")
+    harness = make_engine()
+    future = harness.ask()
+    harness.engine.close()
+
+    with pytest.raises(EngineError):
+        future.result(WAIT_S)
+
+
+def test_steps_wait_for_a_decoder_that_is_slower(make_engine: Callable[..., Harness]) -> None:
+    """What has been denoised waits nowhere without end: it counts as work, and is refused."""
+    harness = make_engine(max_queue_size=8)
+    harness.picture()
+    harness.networks.decode_gate.clear()
+    num_refused = 0
+    futures = []
+    for n in range(200):
+        try:
+            futures.append(harness.ask(seed=n, num_inference_steps=1, guidance_scale=1.0))
+        except Overloaded:
+            num_refused += 1
+        threading.Event().wait(0.001)
+    harness.networks.decode_gate.set()
+
+    assert num_refused > 50
+    for future in futures:
+        assert future.result(WAIT_S).pictures
+
+
+def test_asking_and_starting_at_the_same_time_confuses_nobody(
+    make_engine: Callable[..., Harness],
+) -> None:
+    harness = make_engine(max_queue_size=1000)
+    harness.picture()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    answers: list[object] = []
+
+    class Ear:
+        preview_interval = 0
+
+        def on_event(self, *_: object) -> None:
+            pass
+
+    def ask() -> None:
+        for n in range(40):
+            fields = {"prompt": b"a cat", "seed": n, "num_inference_steps": 1}
+            harness.engine.ask(fields, answers.append, listener=Ear())
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(WAIT_S)
+    finally:
+        sys.setswitchinterval(interval)
+    harness.engine.close()
+
+    assert len(answers) == 240
+    assert all(isinstance(answer, JobResult | EngineError) for answer in answers)
+    assert not [answer for answer in answers if "bug" in str(answer)]
 
 
 @pytest.mark.parametrize("network", NETWORKS)

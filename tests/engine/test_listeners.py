@@ -11,8 +11,12 @@ import pytest
 from engine_harness import WAIT_S, Harness
 from PIL import Image
 
-from darkroom_engine import Cancelled, EngineError, ImageRequest, JobResult, Manifest
-from darkroom_engine.reporter import MAX_BACKLOG, Reporter
+from darkroom_engine import Cancelled, EngineError, ImageRequest, Job, JobResult, Manifest
+from darkroom_engine.reporter import MAX_BACKLOG, MAX_PREVIEW_BACKLOG, Reporter
+from darkroom_engine.sample import Sample
+from darkroom_engine.schedule import NoiseSchedule
+from darkroom_engine.solver import initial_state
+from darkroom_engine.unipc import UniPC
 
 
 class Ear:
@@ -130,25 +134,36 @@ def test_the_engine_does_not_wait_for_a_slow_listener(harness: Harness) -> None:
     assert len(ear.steps()) == 10
 
 
-def test_what_a_listener_cannot_take_is_left_out_and_counted(manifest: Manifest) -> None:
+def test_what_a_listener_cannot_take_is_left_out_and_counted(
+    manifest: Manifest, harness: Harness
+) -> None:
     num_dropped = 0
 
     def drop(count: int) -> None:
         nonlocal num_dropped
         num_dropped += count
 
-    reporter, ear = Reporter(manifest, drop), Ear()
-    for position in range(MAX_BACKLOG + 10):
-        reporter.queued(ear, position)
+    reporter, ear = Reporter(manifest, drop), Ear(preview_interval=1)
+    request = ImageRequest.parse({"prompt": b"", "num_inference_steps": 60}, harness.engine.limits)
+    table = UniPC().table(NoiseSchedule.from_config(manifest.noise_schedule), 60)
+    sample = Sample(Job(request, ear.reply, listener=ear), 0, table, (4, 4, 4))
+    sample.state = initial_state(np.zeros((4, 4, 4), np.float32), table)
+    sample.step = 1
+    for _ in range(MAX_BACKLOG + 10):
+        reporter.stepped([sample])
+    reporter.queued(ear, 7)
     answer = JobResult([b""], [0], {})
     reporter.answer(ear.reply, answer)
     reporter.start()
 
-    # The answer is never left out.
+    # Where it stands in the queue, and the answer, are never left out.
     assert ear.answer.result(WAIT_S) == answer
     reporter.close()
-    assert num_dropped == 10
-    assert [event["position"] for event in ear.events] == list(range(MAX_BACKLOG))
+    assert ear.events[-1] == {"type": "queued", "position": 7}
+    num_steps = len(ear.steps())
+    assert MAX_BACKLOG <= num_steps < MAX_BACKLOG + 10
+    assert MAX_PREVIEW_BACKLOG <= len(ear.previews) < MAX_PREVIEW_BACKLOG + 2
+    assert num_steps + len(ear.previews) + num_dropped == 2 * (MAX_BACKLOG + 10)
 
 
 def test_a_listener_that_raises_harms_nobody(harness: Harness) -> None:

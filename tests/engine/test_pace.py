@@ -1,7 +1,5 @@
 """The time of a step, learned from steps."""
 
-from dataclasses import dataclass
-
 import pytest
 
 from darkroom_engine.pace import Pace
@@ -9,18 +7,12 @@ from darkroom_engine.pace import Pace
 SHAPE, DOUBLE = (4, 8, 8), (4, 8, 16)
 
 
-@dataclass
-class Left:
-    num_steps_left: int
-    num_row_steps: int
-    latent_shape: tuple[int, int, int] = SHAPE
-
-
 def test_nothing_is_known_before_the_first_step() -> None:
     pace = Pace()
 
     assert pace.step_s(SHAPE, 16) == 0
-    assert pace.seconds_for([Left(10, 20)], lambda _: 16) == 0
+    assert pace.steps_s(SHAPE, 10, 20) == 0
+    assert pace.decode_s(SHAPE) == 0
 
 
 def test_one_size_is_taken_in_proportion() -> None:
@@ -59,18 +51,31 @@ def test_a_change_is_learned() -> None:
     assert pace.step_s(SHAPE, 4) == pytest.approx(0.1, rel=0.2)
 
 
-def test_work_is_counted_in_full_batches_but_not_shorter_than_its_longest() -> None:
+def test_steps_and_their_rows_are_counted_apart() -> None:
     pace = Pace()
-    for num_rows in (1, 16):
-        pace.record_step(SHAPE, num_rows, 0.1)
+    for num_rows in (1, 2, 8, 16):
+        pace.record_step(SHAPE, num_rows, 0.5 + 0.01 * num_rows)
 
-    assert pace.seconds_for([Left(10, 20)], lambda _: 4) == pytest.approx(1.0)
-    assert pace.seconds_for([Left(10, 20)] * 4, lambda _: 4) == pytest.approx(2.0)
+    assert pace.steps_s(SHAPE, 10, 40) == pytest.approx(5.4)
+    assert pace.steps_s(DOUBLE, 10, 40) == pytest.approx(5.8)
 
 
-def test_decoding_comes_on_top() -> None:
+def test_a_machine_that_was_held_up_is_soon_forgotten() -> None:
     pace = Pace()
-    pace.record_step(SHAPE, 1, 0.1)
+    for _ in range(100):
+        pace.record_step(SHAPE, 4, 0.1)
+        pace.record_decode(SHAPE, 0.2)
+    pace.record_step(SHAPE, 4, 60.0)
+    pace.record_decode(SHAPE, 60.0)
+
+    assert pace.step_s(SHAPE, 4) < 0.12
+    assert pace.decode_s(SHAPE) < 0.4
+
+
+def test_decoding_goes_by_area() -> None:
+    pace = Pace()
     pace.record_decode(DOUBLE, 3.0)
 
-    assert pace.seconds_for([Left(10, 10)], lambda _: 4) == pytest.approx(1.0 + 1.5)
+    assert pace.decode_s(SHAPE) == pytest.approx(1.5)
+    pace.record_decode(DOUBLE, 1.0)
+    assert 0.5 < pace.decode_s(SHAPE) < 1.5

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from engine_harness import LIMITS
 
-from darkroom_engine import ImageRequest, Job, Overloaded
+from darkroom_engine import ImageRequest, InvalidRequest, Job, Overloaded
 from darkroom_engine.pace import Pace
 from darkroom_engine.sample import Sample
 from darkroom_engine.schedule import NoiseSchedule
@@ -254,6 +254,34 @@ def test_a_deadline_is_not_judged_by_work_that_comes_later(queue: Queue) -> None
         queue.add(150)
 
     assert queue.add(4, timeout_ms=1000)
+
+
+def test_a_deadline_counts_what_runs_beside_it_only_once(queue: Queue) -> None:
+    """A long picture ahead takes one row of the four, and does not hold up a short one."""
+    queue.add(150, priority=10)
+
+    assert queue.add(4, timeout_ms=600)
+
+
+def test_a_deadline_counts_of_other_shapes_only_their_turns(queue: Queue) -> None:
+    queue.add(150, shape=LARGE, count=8)
+    queue.add(150, shape=LARGE, count=8)
+
+    # Every second turn is its own.
+    assert queue.add(10, timeout_ms=2500)
+    with pytest.raises(Overloaded):
+        queue.add(10, timeout_ms=1500)
+
+
+def test_more_pictures_than_may_ever_wait_are_no_matter_of_time(
+    pace: Pace, clock: Callable[[], float]
+) -> None:
+    queue = Queue(pace, clock, max_queue_size=4)
+
+    with pytest.raises(
+        InvalidRequest, match="num_images_per_prompt: 5 are more than may wait, allowed are 1 to 4"
+    ):
+        queue.add(5, count=5)
 
 
 def test_with_nothing_before_it_any_deadline_may_be_tried(queue: Queue) -> None:

@@ -154,6 +154,7 @@ def make_engine(manifest: Manifest, networks: FakeNetworks) -> Iterator[Callable
 
     yield make
     networks.gate.set()
+    networks.decode_gate.set()
     for engine in engines:
         engine.close()
 

@@ -25,6 +25,9 @@ class FakeNetworks:
         self.gate = threading.Event()
         """While cleared, UNet calls wait."""
         self.gate.set()
+        self.decode_gate = threading.Event()
+        """While cleared, VAE calls wait, but those whose input is all zeros."""
+        self.decode_gate.set()
         self.is_entered = threading.Event()
         """Set while a UNet call waits or runs."""
         self.fail_next: dict[str, BaseException] = {}
@@ -68,6 +71,8 @@ class FakeNetworks:
         return out
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
+        if latents.any():
+            self.decode_gate.wait()
         self._maybe_fail("vae_decoder", latents)
         return np.tanh(latents[:, :3].repeat(8, axis=2).repeat(8, axis=3))
 

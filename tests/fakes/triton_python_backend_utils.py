@@ -76,9 +76,13 @@ class ResponseSender:
         self.is_asked = threading.Event()
         """Set when the model has asked whether the client left."""
         self.client_has_left = False
+        self.is_broken = False
+        """Whether sending and asking fail, as when shared memory is full."""
         self.sent: list[InferenceResponse] = []
 
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
+        if self.is_broken:
+            raise TritonModelException("Failed to increase the shared memory pool size")
         if self._is_closed.is_set():
             raise TritonModelException("Unable to send response. Response sender has been closed.")
         if response is not None:
@@ -91,6 +95,8 @@ class ResponseSender:
         if self._is_closed.is_set():
             server.num_crashes += 1
         self.is_asked.set()
+        if self.is_broken:
+            raise TritonModelException("Failed to increase the shared memory pool size")
         return self.client_has_left
 
     def response(self, timeout_s: float) -> InferenceResponse:
@@ -122,7 +128,8 @@ class InferenceRequest:
         return self._inputs
 
     def request_id(self) -> str:
-        return self._request_id
+        # The real one decodes what came over the network.
+        return self._request_id.encode("latin-1").decode()
 
     def model_name(self) -> str:
         return self._model_name

@@ -239,6 +239,35 @@ def test_a_bad_field_is_an_invalid_argument(
     assert re.match(message, text)
 
 
+def test_an_id_that_is_no_text_is_refused(face: Face) -> None:
+    request = make_request()
+    request._request_id = "\xff"
+    face.model.execute([request])
+
+    assert error_of(request.sender.response(WAIT_S)) == (
+        pb_utils.TritonError.INVALID_ARG,
+        "id: not UTF-8 text",
+    )
+
+
+def test_a_newer_instance_publishes_only_when_the_older_is_through(
+    make_face: Callable[..., Face], server: pb_utils.Server
+) -> None:
+    older, newer = make_face(), make_face()
+    older.ask()
+    newer.ask(seed=1)
+    older.model.finalize()
+    families = set(server.families)
+    server.families.clear()
+    while "darkroom_images_total" not in server.families:
+        threading.Event().wait(0.01)
+    newer.model.finalize()
+
+    # What it had to tell was kept for it.
+    assert set(server.families) == families
+    assert server.families["darkroom_images_total"].series[()].values == [1]
+
+
 def test_a_full_queue_is_unavailable_at_once(make_face: Callable[..., Face]) -> None:
     face = make_face(max_rows=2, max_queue_size=1)
     face.hold()

@@ -220,6 +220,28 @@ def test_an_engine_that_dies_is_an_error_not_silence(stream: Any) -> None:
     )
 
 
+def test_a_stream_that_cannot_be_served_takes_no_other_with_it(
+    stream: Any, engine: Harness
+) -> None:
+    hold(engine)
+    broken, fine = send(stream), send(stream, seed=1)
+    wait_for_jobs(engine, 2)
+    broken.is_broken = True
+    engine.networks.gate.set()
+
+    assert kinds(hear(fine))[-1] == "done"
+    wait_for_jobs(engine, 0)
+    assert kinds(hear(send(stream)))[-1] == "done"
+
+
+@pytest.mark.usefixtures("engine")
+def test_an_id_that_is_no_text_is_refused(stream: Any) -> None:
+    assert error_of(send(stream, "\xff")) == (
+        pb_utils.TritonError.INVALID_ARG,
+        "id: not UTF-8 text",
+    )
+
+
 def test_finalize_ends_open_streams(stream: Any, engine: Harness) -> None:
     hold(engine)
     sender = send(stream)

@@ -1,8 +1,10 @@
 """Pictures from a real server: right, repeatable, and the same whatever the neighbours."""
 
 import asyncio
+import contextlib
 import json
 import time
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -15,7 +17,7 @@ import tritonclient.grpc
 from PIL import Image
 from server_checkpoint import CHECKPOINT
 
-from darkroom import AsyncClient, Client, Picture
+from darkroom import AsyncClient, Client, DarkroomError, Picture
 from darkroom.server import Server
 from shapes.classify import classify
 
@@ -79,6 +81,33 @@ def test_a_picture_is_the_same_after_a_reload(server: Server, client: Client) ->
     *_, done = client.stream(**request)
     assert done.pictures[0].encoded == before.encoded
     assert not client.cancel("nobody")
+
+
+def test_a_reload_under_load_loses_nobody(server: Server, client: Client) -> None:
+    """The new instance is there before the old one has ended what it has."""
+    request = {"prompt": "a red circle", "num_inference_steps": 60}
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(client.generate, **request, seed=seed) for seed in range(4)]
+        stream = client.stream(**request)
+        next(stream)
+        with tritonclient.grpc.InferenceServerClient(server.grpc_url) as triton:
+            triton.unload_model("stable_diffusion")
+            triton.load_model("stable_diffusion")
+        outcomes = [future.exception(60) for future in futures]
+
+    # Ended or refused, but answered; and the server lives.
+    assert all(isinstance(outcome, DarkroomError | None) for outcome in outcomes)
+    with contextlib.suppress(DarkroomError):
+        list(stream)
+    assert client.generate("a red circle").size
+    *_, done = client.stream("a red circle")
+    assert done.pictures
+
+    def publishes() -> bool:
+        text = urllib.request.urlopen(server.metrics_url, timeout=60).read().decode()
+        return 'darkroom_requests_total{outcome="image"}' in text
+
+    wait_until(publishes)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -3,16 +3,19 @@
 # The stub adds to pb_utils after this file is imported, so that annotations must wait.
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import queue
 import threading
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 import darkroom_stub as stub
+import darkroom_wire as wire
 from darkroom_engine import (
     Door,
     Engine,
@@ -25,6 +28,8 @@ from darkroom_engine import (
     TritonNetworks,
     log_to_stderr,
 )
+
+LOCK_POLL_S = 0.1
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +64,15 @@ class TritonPythonModel:
 
     def _ask(self, request: pb_utils.InferenceRequest, responder: Responder) -> None:
         try:
+            request_id = stub.read_request_id(request)
             fields = stub.read_fields(pb_utils, request, self._input_names)
         except stub.MalformedField as error:
-            responder(InvalidRequest(error.field, str(error)))
+            self._engine.refuse(InvalidRequest(error.field, str(error)), responder)
             return
         self._engine.ask(
             fields,
             responder,
-            request_id=request.request_id(),
+            request_id=request_id,
             is_abandoned=responder.is_cancelled,
         )
 
@@ -92,24 +98,29 @@ class Responder:
 
 
 class MetricsPublisher:
-    """Hands the engine's metrics to Triton, on a thread of its own: each call is a round trip."""
+    """Hands the engine's metrics to Triton, on a thread of its own: each call is a round trip.
+
+    When Triton reloads a model, the new instance may be there before the old one has gone. Both
+    have the same metrics, and the old one's end would take them from the new one and the server's
+    life with them. So the new one keeps what it has to tell until the old one is through.
+    """
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[Metric, float, str] | None] = queue.SimpleQueue()
         self._families: dict[str, pb_utils.MetricFamily] = {}
         self._series: dict[tuple[str, str], pb_utils.Metric] = {}
         self._gauges: dict[str, float] = {}
+        self._is_closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def close(self) -> None:
+        """Publish what is left, and take the metrics away."""
+        self._is_closing.set()
         self._queue.put(None)
         self._thread.join()
-        # Triton wants the series gone before their families.
-        self._series.clear()
-        self._families.clear()
 
     def record(self, metric: Metric, value: float, label: str = "") -> None:
         if metric.kind == "GAUGE":
@@ -119,6 +130,18 @@ class MetricsPublisher:
         self._queue.put((metric, value, label))
 
     def _run(self) -> None:
+        with (wire.runtime_dir() / "metrics.lock").open("w") as lock:
+            while not _is_locked(lock):
+                if self._is_closing.wait(LOCK_POLL_S):
+                    return
+            self._publish_all()
+            if stub.is_server_gone():
+                return
+            # Triton wants the series gone before their families, and both before the next ones.
+            self._series.clear()
+            self._families.clear()
+
+    def _publish_all(self) -> None:
         while (entry := self._queue.get()) is not None:
             # Such a call would hang with Python's lock held, and nobody could end this process.
             if stub.is_server_gone():
@@ -149,6 +172,14 @@ class MetricsPublisher:
         labels = {metric.label: label} if metric.label else {}
         options = {"buckets": list(metric.buckets)} if metric.buckets else {}
         return self._families[metric.name].Metric(labels=labels, **options)
+
+
+def _is_locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _success(result: JobResult) -> pb_utils.InferenceResponse:

@@ -10,6 +10,8 @@ import multiprocessing.connection
 import queue
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -52,6 +54,7 @@ class TritonPythonModel:
     def _open(
         self, request: pb_utils.InferenceRequest, sender: pb_utils.InferenceResponseSender
     ) -> Stream:
+        request_id = stub.read_request_id(request)
         fields = stub.read_fields(pb_utils, request, self._input_names)
         preview_interval = fields.pop("preview_interval", 0)
         if preview_interval < 0:
@@ -61,7 +64,7 @@ class TritonPythonModel:
         header, blobs = wire.pack_fields(fields)
         header |= {
             "op": "generate",
-            "request_id": request.request_id(),
+            "request_id": request_id,
             "preview_interval": preview_interval,
         }
         connection = wire.connect()
@@ -89,9 +92,11 @@ class Stream:
         try:
             header, blobs = wire.receive(self.connection)
         except (EOFError, OSError):
-            return self.fail("the engine stopped before the picture was done", "UNAVAILABLE")
+            self.fail("the engine stopped before the picture was done", "UNAVAILABLE")
+            return False
         if "error" in header:
-            return self.fail(header["error"], header["code"])
+            self.fail(header["error"], header["code"])
+            return False
         event = header["event"]
         tensors = [_bytes_tensor("event", [json.dumps(event).encode()])]
         is_last = event["type"] == "done"
@@ -108,10 +113,9 @@ class Stream:
         self._sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
         return not is_last
 
-    def fail(self, message: str, code: str) -> bool:
-        """Answer with an error, which is the last message: False."""
+    def fail(self, message: str, code: str) -> None:
+        """Answer with an error, which is the last message."""
         _send_error(self._sender, message, code)
-        return False
 
 
 class Relay:
@@ -158,29 +162,38 @@ class Relay:
                 ask_at = now + max(POLL_S, (now - start) / MAX_SHARE)
 
     def _pass_on(self, stream: Stream) -> None:
-        try:
-            is_open = stream.pass_on()
-        except Exception:
-            logger.exception("this is a bug")
-            is_open = stream.fail("this is a bug: see the server's log", "INTERNAL")
-        if not is_open:
-            self._drop(stream)
+        with self._dropped_on_error(stream):
+            if not stream.pass_on():
+                self._drop(stream)
 
     def _drop_cancelled(self) -> None:
         for stream in list(self._streams.values()):
-            if stream.is_cancelled:
-                stream.fail("the request was cancelled", "CANCELLED")
-                self._drop(stream)
-
-    def _drop(self, stream: Stream) -> None:
-        """Forget a stream; the engine takes the end of its connection for a cancel."""
-        del self._streams[stream.connection]
-        stream.connection.close()
+            with self._dropped_on_error(stream):
+                if stream.is_cancelled:
+                    stream.fail("the request was cancelled", "CANCELLED")
+                    self._drop(stream)
 
     def _end_all(self) -> None:
         for stream in list(self._streams.values()):
-            stream.fail("the server is stopping", "UNAVAILABLE")
+            with self._dropped_on_error(stream):
+                stream.fail("the server is stopping", "UNAVAILABLE")
+                self._drop(stream)
+
+    @contextmanager
+    def _dropped_on_error(self, stream: Stream) -> Iterator[None]:
+        """One stream that cannot be served must not take down the thread that all depend on."""
+        try:
+            yield
+        except Exception:
+            logger.exception("a stream could not be served")
+            with suppress(Exception):
+                stream.fail("the stream could not be served, see the server's log", "INTERNAL")
             self._drop(stream)
+
+    def _drop(self, stream: Stream) -> None:
+        """Forget a stream; the engine takes the end of its connection for a cancel."""
+        if self._streams.pop(stream.connection, None):
+            stream.connection.close()
 
 
 def _bytes_tensor(name: str, values: list[bytes]) -> pb_utils.Tensor:

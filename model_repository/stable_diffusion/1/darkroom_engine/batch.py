@@ -61,7 +61,8 @@ class StepBatch:
         )
         failed = []
         for sample, output, state in zip(samples, guided, states, strict=True):
-            sample.state = state
+            # A copy, because a view would keep the whole batch for as long as one of it waits.
+            sample.state = state.copy()
             sample.step += 1
             if not np.isfinite(output).all():
                 problem = f"output is not finite at step {sample.step} of {sample.table.num_steps}"

@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -30,13 +31,20 @@ class Developer:
         record: Record,
         *,
         is_overlapped: bool,
+        on_progress: Callable[[], None],
     ) -> None:
-        """Decode up to `max_decode_rows` samples a call, beside the steps if `is_overlapped`."""
+        """Decode up to `max_decode_rows` samples a call, beside the steps if `is_overlapped`.
+
+        `on_progress` is called when `backlog` has become less.
+        """
         self._networks = networks
         self._manifest = manifest
         self._max_decode_rows = max_decode_rows
         self._pace = pace
         self._is_overlapped = is_overlapped
+        self._on_progress = on_progress
+        self._num_submitted = 0
+        self._num_developed = 0
         self._record = record
         self._finished: queue.SimpleQueue[Sample | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="developer", daemon=True)
@@ -44,7 +52,13 @@ class Developer:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def backlog(self) -> int:
+        """Samples that are not developed yet."""
+        return self._num_submitted - self._num_developed
+
     def submit(self, samples: list[Sample]) -> None:
+        self._num_submitted += len(samples)
         if not self._is_overlapped:
             self._develop_all(samples)
             return
@@ -83,6 +97,8 @@ class Developer:
             logger.exception("this is a bug")
             for sample in chunk:
                 sample.job.fail(EngineError(f"this is a bug: {error!r}"))
+        self._num_developed += len(chunk)
+        self._on_progress()
         return [sample for sample in samples if sample not in chunk]
 
     def _develop(self, samples: list[Sample]) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-import os
+import secrets
 import socket
 import threading
 import time
@@ -28,7 +28,7 @@ class Door:
     """
 
     def __init__(self, engine: Engine) -> None:
-        """Open the door; those who come wait until it is started.
+        """Make the socket, which takes its place when it is started.
 
         Raises:
             OSError: the socket cannot be made where it has to be.
@@ -36,9 +36,7 @@ class Door:
         self._engine = engine
         wire.make_runtime_dir()
         self._path = wire.socket_path()
-        own_path = self._path.with_name(f"engine-{os.getpid()}.sock")
-        # Left behind by a process that was killed.
-        own_path.unlink(missing_ok=True)
+        own_path = self._path.with_name(f"engine-{secrets.token_hex(4)}.sock")
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.bind(str(own_path))
@@ -49,11 +47,12 @@ class Door:
             ) from None
         self._socket.listen(BACKLOG)
         self._inode = own_path.stat().st_ino
-        own_path.replace(self._path)
+        self._own_path = own_path
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="door", daemon=True)
 
     def start(self) -> None:
+        self._own_path.replace(self._path)
         self._thread.start()
 
     def close(self) -> None:
@@ -79,8 +78,13 @@ class Door:
                     logger.warning("a connection to the engine's socket failed: %s", error)
                     time.sleep(RETRY_S)
                 continue
-            visitor = Visitor(self._engine, Connection(accepted.detach()))
-            threading.Thread(target=visitor.serve, name="visitor", daemon=True).start()
+            connection = Connection(accepted.detach())
+            visitor = Visitor(self._engine, connection)
+            try:
+                threading.Thread(target=visitor.serve, name="visitor", daemon=True).start()
+            except RuntimeError as error:  # no more threads
+                logger.warning("a connection to the engine's socket was refused: %s", error)
+                connection.close()
 
 
 class Visitor:

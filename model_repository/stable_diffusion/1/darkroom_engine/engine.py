@@ -79,6 +79,7 @@ class Engine:
         self._scheduler = Scheduler(
             self.max_rows, config.max_queue_size, config.seconds_per_priority, self._pace
         )
+        self._changed = threading.Condition()
         self._developer = Developer(
             self._networks,
             manifest,
@@ -86,10 +87,10 @@ class Engine:
             self._pace,
             record,
             is_overlapped=bool(config.overlap_decode),
+            on_progress=self._wake,
         )
         self._reporter = Reporter(manifest, lambda n: record(metrics.DROPPED_EVENTS, n, ""))
         self._watcher = Watcher()
-        self._changed = threading.Condition()
         self._num_steps = 0
         self._is_closing = False
         self._start_error: EngineError | None = None
@@ -141,12 +142,16 @@ class Engine:
                 request, reply, request_id=request_id, is_abandoned=is_abandoned, listener=listener
             )
         except EngineError as error:
-            journal.log_refusal(request_id, error)
-            self._record(metrics.REQUESTS, 1, error.outcome)
-            reply(error)
+            self.refuse(error, reply, request_id)
         except Exception as error:
             logger.exception("this is a bug")
-            reply(EngineError(f"this is a bug: {error!r}"))
+            self.refuse(EngineError(f"this is a bug: {type(error).__name__}"), reply, request_id)
+
+    def refuse(self, error: EngineError, reply: Reply, request_id: str = "") -> None:
+        """Answer a request that is not admitted."""
+        journal.log_refusal(request_id, error)
+        self._record(metrics.REQUESTS, 1, error.outcome)
+        reply(error)
 
     def submit(
         self,
@@ -173,10 +178,10 @@ class Engine:
                 raise EngineError("the engine is stopping")
             job.submitted_step = self._num_steps
             self._scheduler.submit(samples)
+            self._watcher.watch(job, is_abandoned)
             self._report_positions()
             self._record_load()
             self._changed.notify()
-        self._watcher.watch(job, is_abandoned)
         return job
 
     def cancel(self, request_id: str) -> bool:
@@ -232,8 +237,17 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the engine is to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._scheduler.has_work or self._is_closing)
+            self._changed.wait_for(lambda: self._can_turn or self._is_closing)
             return not self._is_closing
+
+    @property
+    def _can_turn(self) -> bool:
+        # More steps would only make the heap of undecoded pictures larger, which counts nowhere.
+        return self._scheduler.has_work and self._developer.backlog < self._max_batch_size
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
 
     def _samples_of(self, job: Job) -> list[Sample]:
         request = job.request
@@ -270,11 +284,12 @@ class Engine:
             job.started_step = self._num_steps
             self._record(metrics.QUEUE_SECONDS, job.started_at - job.submitted_at, "")
         request = job.request
-        options = (request.clip_skip, request.max_embeddings_multiples)
+        multiples = request.max_embeddings_multiples
         try:
-            sample.conditional = self._encode(request.prompt, *options)
+            sample.conditional = self._encode(request.prompt, request.clip_skip, multiples)
             if request.guided_steps:
-                sample.unconditional = self._encode(request.negative_prompt, *options)
+                # As in diffusers, whose clip_skip is the prompt's alone.
+                sample.unconditional = self._encode(request.negative_prompt, 0, multiples)
         except EngineError as error:
             job.fail(error)
             return False
@@ -313,12 +328,10 @@ class Engine:
 
     def _report_positions(self) -> None:
         """Tell the listeners that wait how many start before them, where that has changed."""
-        waiting = [s for s in self._scheduler.samples() if s.job.listener and not s.is_started]
-        if not waiting:
+        if not any(s.job.listener and not s.is_started for s in self._scheduler.samples()):
             return
-        positions = self._scheduler.positions()
-        for sample in waiting:
-            job, position = sample.job, positions[sample]
+        for sample, position in self._scheduler.positions().items():
+            job = sample.job
             # The first picture of a request speaks for all.
             if sample.index == 0 and job.listener and job.position != position:
                 job.position = position

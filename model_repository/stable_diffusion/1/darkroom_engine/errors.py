@@ -74,3 +74,7 @@ class NetworkFailed(EngineError):
         super().__init__(f"{network} failed: {problem}")
         self.network = network
         self.is_final = is_final
+
+
+class NotYetAllowed(NetworkFailed):
+    """Networks cannot be called yet, because the model that calls them is still being loaded."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from darkroom_engine.errors import NetworkFailed
+from darkroom_engine.errors import NetworkFailed, NotYetAllowed
 from darkroom_engine.manifest import Manifest
 from darkroom_engine.sample import Conditioning
 
@@ -110,6 +110,10 @@ class TritonNetworks:
 
 
 def _failure(network: str, problem: str) -> NetworkFailed:
+    # When a new instance of the calling model takes the place of an old one, Triton says that the
+    # model is ready while the new one is still being loaded.
+    if "BLS is only supported during" in problem:
+        return NotYetAllowed(network, problem)
     # Triton says so while it starts, which is waited for, and then only when it stops: it lets no
     # request in any more, and waits for those that are here.
     return NetworkFailed(network, problem, is_final="Server not ready" in problem)

@@ -1,25 +1,14 @@
 """How long steps take on this machine, learned from those that were made."""
 
 import threading
-from collections.abc import Callable, Iterable
 from math import prod
-from typing import Protocol
 
 Shape = tuple[int, int, int]
 
 _MEMORY = 0.98
 """Of what earlier steps weigh, each new one leaves this much."""
-
-
-class Work(Protocol):
-    """What is left to do for one picture."""
-
-    @property
-    def latent_shape(self) -> Shape: ...
-    @property
-    def num_steps_left(self) -> int: ...
-    @property
-    def num_row_steps(self) -> int: ...
+_OUTLIER = 4.0
+"""A time counts as this many times the expected one at the most."""
 
 
 class Pace:
@@ -37,6 +26,10 @@ class Pace:
 
     def record_step(self, shape: Shape, num_rows: int, seconds: float) -> None:
         x = num_rows * _area(shape)
+        expected = self.step_s(shape, num_rows)
+        if expected:
+            # One that took so long because the machine was held up is no measure.
+            seconds = min(seconds, _OUTLIER * expected)
         with self._lock:
             terms = (1.0, x, x * x, seconds, x * seconds)
             self._sums = [
@@ -44,31 +37,23 @@ class Pace:
             ]
 
     def record_decode(self, shape: Shape, seconds: float) -> None:
+        per_area = seconds / _area(shape)
         with self._lock:
-            self._decode_s_per_area = seconds / _area(shape)
+            known = self._decode_s_per_area or per_area
+            self._decode_s_per_area = known + (min(per_area, _OUTLIER * known) - known) / 4
 
     def step_s(self, shape: Shape, num_rows: int) -> float:
         """Seconds of a step of that many rows; 0 before any was seen."""
-        constant, slope = self._fit()
-        return constant + slope * num_rows * _area(shape)
+        return self.steps_s(shape, 1, num_rows)
 
-    def seconds_for(self, work: Iterable[Work], max_rows: Callable[[Shape], int]) -> float:
-        """About how long all of `work` takes, in full batches; 0 before any step was seen."""
+    def steps_s(self, shape: Shape, num_steps: float, num_row_steps: float) -> float:
+        """Seconds of that many steps with that many rows in all; 0 before any was seen."""
         constant, slope = self._fit()
-        row_steps: dict[Shape, int] = {}
-        longest: dict[Shape, int] = {}
-        for item in work:
-            shape = item.latent_shape
-            row_steps[shape] = row_steps.get(shape, 0) + item.num_row_steps
-            longest[shape] = max(longest.get(shape, 0), item.num_steps_left)
-        seconds = 0.0
-        for shape, total in row_steps.items():
-            # Not fewer steps than the longest has, nor more rows a step than are allowed.
-            num_steps = max(longest[shape], -(-total // max_rows(shape)))
-            seconds += constant * num_steps + slope * total * _area(shape)
-            # Decoding goes on beside the steps, but the last picture's comes after them.
-            seconds += self._decode_s_per_area * _area(shape)
-        return seconds
+        return constant * num_steps + slope * num_row_steps * _area(shape)
+
+    def decode_s(self, shape: Shape) -> float:
+        """Seconds of decoding a picture; 0 before any was."""
+        return self._decode_s_per_area * _area(shape)
 
     def _fit(self) -> tuple[float, float]:
         with self._lock:

@@ -18,8 +18,10 @@ from darkroom_engine.manifest import Manifest
 from darkroom_engine.sample import Sample
 from darkroom_engine.solver import predicted_x0
 
-MAX_BACKLOG = 4096
-"""Events that may wait; beyond that, steps and previews are left out until there is room."""
+MAX_BACKLOG = 1024
+"""Steps that may wait to be told; those beyond it are left out."""
+MAX_PREVIEW_BACKLOG = 32
+"""Where more steps than this wait, their previews are left out, which hold latents."""
 CLOSE_TIMEOUT_S = 5.0
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,8 @@ class Reporter:
             self._thread.join(CLOSE_TIMEOUT_S)
 
     def queued(self, listener: Listener, position: int) -> None:
-        self._report([_Event(listener, {"type": "queued", "position": position})])
+        event = _Event(listener, {"type": "queued", "position": position})
+        self._queue.put(lambda: self._tell([event]))
 
     def stepped(self, samples: Sequence[Sample]) -> None:
         """Report the step that these samples have just made."""
@@ -72,21 +75,22 @@ class Reporter:
             events.append(_Event(listener, {"type": "step", **progress}))
             interval = listener.preview_interval
             # The last step's picture is the picture.
-            if interval and sample.step % interval == 0 and not sample.is_finished:
+            if not interval or sample.step % interval or sample.is_finished:
+                continue
+            if self._queue.qsize() > MAX_PREVIEW_BACKLOG:
+                self._on_drop(1)
+            else:
                 latents = predicted_x0(sample.state, sample.table, sample.step - 1)
                 events.append(_Event(listener, {"type": "preview", **progress}, latents))
-        self._report(events)
-
-    def answer(self, reply: Reply, answer: JobResult | EngineError) -> None:
-        self._queue.put(lambda: reply(answer))
-
-    def _report(self, events: list[_Event]) -> None:
         if not events:
             return
-        if self._queue.qsize() >= MAX_BACKLOG:
+        if self._queue.qsize() > MAX_BACKLOG:
             self._on_drop(len(events))
             return
         self._queue.put(lambda: self._tell(events))
+
+    def answer(self, reply: Reply, answer: JobResult | EngineError) -> None:
+        self._queue.put(lambda: reply(answer))
 
     def _tell(self, events: list[_Event]) -> None:
         for event in events:

@@ -13,7 +13,7 @@ Conditioning = dict[str, NDArray[np.float32]]
 """What the UNet is told besides the sample and the timestep, one row, by input name."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Sample:
     """The mutable state of one picture between two steps."""
 

@@ -1,8 +1,9 @@
 """Who runs next. The scheduler orders samples and fills steps with them; it never sees a tensor."""
 
+import math
 from collections.abc import Callable, Iterable
 
-from darkroom_engine.errors import Overloaded
+from darkroom_engine.errors import InvalidRequest, Overloaded
 from darkroom_engine.pace import Pace
 from darkroom_engine.sample import Sample
 
@@ -57,7 +58,13 @@ class Scheduler:
 
         Raises:
             Overloaded: too many wait already, or the request's deadline cannot be kept.
+            InvalidRequest: there are more samples than may ever wait.
         """
+        if len(samples) > self._max_queue_size:
+            raise InvalidRequest(
+                "num_images_per_prompt",
+                f"{len(samples)} are more than may wait, allowed are 1 to {self._max_queue_size}",
+            )
         # What was answered since the last turn is in nobody's way any more.
         self.retire()
         num_waiting = self.num_waiting
@@ -81,8 +88,8 @@ class Scheduler:
         free = self._max_rows(shape)
         batch = []
         for sample in sorted(group, key=order):
-            # One that does not fit leaves its place to a smaller one for this step only: at the
-            # next it comes first again.
+            # One that does not fit leaves its place to a smaller one, for this step only: the next
+            # turn of this order starts with it again.
             if sample.num_rows <= free:
                 batch.append(sample)
                 free -= sample.num_rows
@@ -148,12 +155,44 @@ class Scheduler:
             )
 
     def _seconds_through(self, samples: list[Sample], others: list[Sample], order: Order) -> float:
-        """How long it takes to do `samples` and those of the others that this order puts first."""
-        own = order(samples[0])
-        first = [other for other in others if order(other) <= own]
-        return self._pace.seconds_for([*first, *samples], self._max_rows)
+        """How long it takes to do `samples`, after those of the others that this order puts first.
+
+        Those take rows of a turn, not turns: a long one leaves the other rows free.
+        """
+        own, shape = order(samples[0]), samples[0].latent_shape
+        first = [o for o in others if o.latent_shape == shape and order(o) <= own]
+        num_own = sum(sample.num_row_steps for sample in samples)
+        num_turns, enough = 0, samples[0].num_steps_left
+        while num_turns < enough:
+            num_turns = enough
+            num_row_steps = num_own + sum(_row_steps_within(num_turns, o) for o in first)
+            enough = math.ceil(num_row_steps / self._max_rows(shape))
+        seconds = self._pace.steps_s(shape, num_turns, num_row_steps)
+        # Other shapes have their turns, whatever the order.
+        for other_shape in {o.latent_shape for o in others} - {shape}:
+            group = [o for o in others if o.latent_shape == other_shape]
+            max_row_steps = num_turns * self._max_rows(other_shape)
+            row_steps = sum(_row_steps_within(num_turns, other) for other in group)
+            turns = min(num_turns, max(other.num_steps_left for other in group))
+            seconds += self._pace.steps_s(other_shape, turns, min(max_row_steps, row_steps))
+        # Decoding goes on beside the steps, one after the other, and the last comes after them.
+        decode_s = self._pace.decode_s(shape)
+        num_before = len(first) + len(samples) - 1
+        return max(seconds, num_before * decode_s) + decode_s
 
     def _seconds_until_room(self, num_places: int) -> float:
+        """How long it takes, at the present pace, until that many pictures are done."""
         samples = self.samples()
-        per_picture = self._pace.seconds_for(samples, self._max_rows) / max(1, len(samples))
-        return num_places * per_picture
+        seconds = sum(
+            self._pace.steps_s(
+                s.latent_shape, s.num_row_steps / self._max_rows(s.latent_shape), s.num_row_steps
+            )
+            for s in samples
+        )
+        return num_places * seconds / max(1, len(samples))
+
+
+def _row_steps_within(num_turns: int, sample: Sample) -> float:
+    """Rows that a sample takes in so many turns, on average over its steps."""
+    left = sample.num_steps_left
+    return sample.num_row_steps * min(1.0, num_turns / left) if left else 0.0

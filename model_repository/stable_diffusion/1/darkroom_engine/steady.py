@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from darkroom_engine.errors import NetworkFailed
+from darkroom_engine.errors import NetworkFailed, NotYetAllowed
 from darkroom_engine.manifest import Manifest
 from darkroom_engine.networks import Networks
 from darkroom_engine.sample import Conditioning
@@ -47,6 +47,7 @@ class SteadyNetworks:
         self._heal_timeout_s = heal_timeout_s
         self._on_failure = on_failure
         self._is_given_up: Callable[[], bool] = lambda: False
+        self._away_since: dict[str, float] = {}
         self.num_failures = 0
         """Calls that failed; how long a call took during which this grew says nothing."""
         size = int(manifest.limits["min_size"]) // manifest.vae_scale_factor
@@ -60,9 +61,21 @@ class SteadyNetworks:
         Raises:
             NetworkFailed: a network is not there, fails, or makes something of another shape.
         """
-        networks, shape = self._networks, self.smallest_shape
+        give_up_at = time.monotonic() + timeout_s
         self._is_given_up = is_given_up
-        networks.wait_until_ready(timeout_s, is_given_up)
+        self._networks.wait_until_ready(timeout_s, is_given_up)
+        while True:
+            try:
+                self._make_first_calls()
+            except NotYetAllowed:
+                if is_given_up() or time.monotonic() > give_up_at:
+                    raise
+                time.sleep(RETRY_S)
+            else:
+                return
+
+    def _make_first_calls(self) -> None:
+        networks, shape = self._networks, self.smallest_shape
         rows = networks.encode(self._input_ids, 0)
         self._conditioning = {name: np.array(row[0]) for name, row in rows.items()}
         self.denoise_blank(1, shape)
@@ -84,6 +97,7 @@ class SteadyNetworks:
 
     def encode(self, input_ids: NDArray[np.int64], clip_skip: int) -> Conditioning:
         return self._twice(
+            "text_encoder",
             lambda: self._networks.encode(input_ids, clip_skip),
             lambda: self._networks.encode(self._input_ids, 0),
         )
@@ -92,17 +106,21 @@ class SteadyNetworks:
         self, sample: NDArray[np.float32], timestep: NDArray[np.float32], conditioning: Conditioning
     ) -> NDArray[np.float32]:
         return self._twice(
+            "unet",
             lambda: self._networks.denoise(sample, timestep, conditioning),
             lambda: self.denoise_blank(1, self.smallest_shape),
         )
 
     def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._twice(
+            "vae_decoder",
             lambda: self._networks.decode(latents),
             lambda: self._networks.decode(np.zeros((1, *self.smallest_shape), np.float32)),
         )
 
-    def _twice(self, call: Callable[[], Answer], probe: Callable[[], object]) -> Answer:
+    def _twice(
+        self, network: str, call: Callable[[], Answer], probe: Callable[[], object]
+    ) -> Answer:
         try:
             return call()
         except NetworkFailed as error:
@@ -110,7 +128,7 @@ class SteadyNetworks:
             if error.is_final:
                 raise
             logger.warning("%s; trying once more", error)
-            self._wait_until_answered(probe, error)
+            self._wait_until_answered(network, probe, error)
         try:
             return call()
         except NetworkFailed as error:
@@ -121,8 +139,13 @@ class SteadyNetworks:
         self.num_failures += 1
         self._on_failure(error.network)
 
-    def _wait_until_answered(self, probe: Callable[[], object], error: NetworkFailed) -> None:
-        give_up_at = time.monotonic() + self._heal_timeout_s
+    def _wait_until_answered(
+        self, network: str, probe: Callable[[], object], error: NetworkFailed
+    ) -> None:
+        # One wait for each time that it is away, not for each call: once that was in vain, later
+        # calls fail at once, until one of them finds it back.
+        away_since = self._away_since.setdefault(network, time.monotonic())
+        give_up_at = away_since + self._heal_timeout_s
         while True:
             try:
                 probe()
@@ -132,4 +155,5 @@ class SteadyNetworks:
                     raise error from None
                 time.sleep(RETRY_S)
             else:
+                self._away_since.pop(network, None)
                 return

@@ -51,29 +51,30 @@ class Watcher:
             return [job for job in self._watched if not job.is_over]
 
     def _run(self) -> None:
-        pause = POLL_S
+        ask_at = 0.0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._is_closing, timeout=pause)
+                self._changed.wait_for(lambda: self._is_closing, timeout=POLL_S)
                 self._changed.wait_for(lambda: self._watched or self._is_closing)
                 if self._is_closing:
                     return
                 self._watched = {job: ask for job, ask in self._watched.items() if not job.is_over}
                 watched = list(self._watched.items())
-            start = time.monotonic()
+            now = time.monotonic()
+            for job, _ in watched:
+                if job.deadline is not None and now >= job.deadline:
+                    job.fail(DeadlineExceeded(f"timeout_ms: {job.request.timeout_ms} ran out"))
+            if now < ask_at:
+                continue
             for job, is_abandoned in watched:
-                self._look_at(job, is_abandoned)
-            pause = max(POLL_S, (time.monotonic() - start) / MAX_SHARE)
+                self._ask(job, is_abandoned)
+            end = time.monotonic()
+            ask_at = end + (end - now) / MAX_SHARE
 
     @staticmethod
-    def _look_at(job: Job, is_abandoned: IsAbandoned) -> None:
-        if job.is_over:
-            return
-        if job.deadline is not None and time.monotonic() >= job.deadline:
-            job.fail(DeadlineExceeded(f"timeout_ms: {job.request.timeout_ms} ran out"))
-            return
+    def _ask(job: Job, is_abandoned: IsAbandoned) -> None:
         try:
-            if is_abandoned():
+            if not job.is_over and is_abandoned():
                 job.cancel()
         except Exception:
             # One caller that cannot be asked must not keep the others from being asked.
