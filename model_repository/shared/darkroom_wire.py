@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RUNTIME_DIR = "DARKROOM_RUNTIME_DIR"
-"""The environment variable that names the socket's folder, where the default does not do."""
+"""The environment variable that names the socket's folder, one for each server."""
 
 Header = dict[str, Any]
 Fields = dict[str, bytes | int | float]
