@@ -142,10 +142,13 @@ class Scheduler:
         # With nothing in its way, a request may try: the pace is an estimate.
         if not others:
             return
-        # Whichever order lets it through first; the shorter ones' has every second step.
-        needed_s = min(
-            self._seconds_through(samples, others, self._arrival),
-            2 * self._seconds_through(samples, others, self._left),
+        # Whichever order lets it through first. Where not all fit, each has every second step, and
+        # those between may go to others that have not even come yet.
+        shape = samples[0].latent_shape
+        num_rows = sum(s.num_rows for s in (*samples, *others) if s.latent_shape == shape)
+        share = 1 if num_rows <= self._max_rows(shape) else 2
+        needed_s = share * min(
+            self._seconds_through(samples, others, order) for order in (self._arrival, self._left)
         )
         if 1000 * needed_s > timeout_ms:
             raise Overloaded(
