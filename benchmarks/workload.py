@@ -57,6 +57,17 @@ def make_requests(
     ]
 
 
+def poisson_arrivals(per_s: float, seconds: float, *, seed: int) -> list[float]:
+    """When independent users ask, in seconds from the start: `per_s` of them at a mean."""
+    chance = random.Random(seed)
+    arrivals: list[float] = []
+    now = chance.expovariate(per_s)
+    while now < seconds:
+        arrivals.append(now)
+        now += chance.expovariate(per_s)
+    return arrivals
+
+
 def perf_analyzer_input(requests: Sequence[Request]) -> dict[str, Any]:
     """The content of the file that perf_analyzer's --input-data takes."""
     return {"data": [_tensors(request) for request in requests]}

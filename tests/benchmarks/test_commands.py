@@ -12,7 +12,10 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("script", ["perf.py", "batching.py"])
+COMMANDS = ["perf.py", "batching.py", "decode.py", "overload.py", "fairness.py", "soak.py"]
+
+
+@pytest.mark.parametrize("script", COMMANDS)
 def test_a_command_says_what_it_does_from_any_folder(script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -22,11 +25,30 @@ def test_a_command_says_what_it_does_from_any_folder(script, tmp_path, monkeypat
     assert "--output FILE" in result.stdout
 
 
-def test_a_repository_that_does_not_exist_is_named(tmp_path):
-    result = run("batching.py", str(tmp_path))
+@pytest.mark.parametrize("script", ["batching.py", "soak.py"])
+def test_a_repository_that_does_not_exist_is_named(script, tmp_path):
+    result = run(script, str(tmp_path))
 
     assert result.returncode == 1
-    assert f"batching: {tmp_path / 'manifest.json'} is missing" in result.stderr
+    name = script.removesuffix(".py")
+    assert f"{name}: {tmp_path / 'manifest.json'} is missing" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["decode.py", "overload.py", "fairness.py"])
+def test_a_repository_that_cannot_be_copied_is_named(script, tmp_path):
+    result = run(script, str(tmp_path / "nowhere"))
+
+    assert result.returncode == 1
+    assert f"{script.removesuffix('.py')}: " in result.stderr
+    assert str(tmp_path / "nowhere") in result.stderr
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "some", "1.5"])
+def test_a_count_that_is_none_is_refused(count):
+    result = run("soak.py", f"--requests={count}")
+
+    assert result.returncode == 2
+    assert f"{count!r} is not a whole number above 0" in result.stderr
 
 
 @pytest.mark.parametrize("concurrency", ["0", "1,,4", "four", "-1"])

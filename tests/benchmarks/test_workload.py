@@ -1,6 +1,13 @@
 import json
 
-from benchmarks.workload import Request, make_requests, perf_analyzer_input
+import pytest
+
+from benchmarks.workload import (
+    Request,
+    make_requests,
+    perf_analyzer_input,
+    poisson_arrivals,
+)
 
 
 def test_the_same_seed_makes_the_same_requests():
@@ -34,6 +41,22 @@ def test_guidance_scales_come_in_turn():
     requests = make_requests(6, seed=0, steps=(4, 40), guidance_scales=(0.0, 1.0, 7.0))
 
     assert [request.guidance_scale for request in requests] == [0.0, 1.0, 7.0] * 2
+
+
+def test_arrivals_come_in_order_within_the_time_at_the_rate():
+    arrivals = poisson_arrivals(20.0, 100.0, seed=1)
+
+    assert arrivals == sorted(arrivals)
+    assert arrivals[0] > 0.0
+    assert arrivals[-1] < 100.0
+    assert len(arrivals) == pytest.approx(2000, rel=0.1)
+
+
+def test_the_same_seed_makes_the_same_arrivals():
+    arrivals = poisson_arrivals(20.0, 10.0, seed=1)
+
+    assert arrivals == poisson_arrivals(20.0, 10.0, seed=1)
+    assert arrivals != poisson_arrivals(20.0, 10.0, seed=2)
 
 
 def test_the_input_of_perf_analyzer_has_one_tensor_of_shape_1_for_each_field():

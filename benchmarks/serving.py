@@ -1,0 +1,35 @@
+"""A server to be measured, whose failure is told with the end of its log."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from darkroom import DarkroomError
+from darkroom.progress import terminal_progress
+from darkroom.server import ServeError, Server, free_ports
+
+REQUEST_TIMEOUT_S = 120.0
+"""More than any request takes: a server that no longer answers must end the benchmark."""
+LOG_LINES = 15
+
+
+@contextlib.contextmanager
+def serving(repository: Path) -> Iterator[Server]:
+    """A server on free ports of the loopback.
+
+    Raises:
+        ServeError: it cannot be started, or what was measured failed.
+    """
+    with Server(repository, free_ports(), terminal_progress) as server:
+        try:
+            yield server
+        except DarkroomError as error:
+            raise ServeError(
+                "\n".join(
+                    [
+                        f"{type(error).__name__}: {error}",
+                        "The end of the server's log:",
+                        *server.log.read_text(errors="replace").splitlines()[-LOG_LINES:],
+                    ]
+                )
+            ) from error
