@@ -68,7 +68,7 @@ class Queue:
 
     def turn(self) -> list[Sample]:
         """Make a step of the next batch."""
-        batch = self.scheduler.next_batch()
+        batch = self.scheduler.next_batch(self.clock())
         for sample in batch:
             sample.is_started = True
             sample.step += 1
@@ -285,6 +285,22 @@ def test_more_pictures_than_may_ever_wait_are_no_matter_of_time(
         InvalidRequest, match="num_images_per_prompt: 5 are more than may wait, allowed are 1 to 4"
     ):
         queue.add(5, count=5)
+
+
+def test_a_deadline_that_comes_near_goes_before_both_orders(queue: Queue) -> None:
+    """Others of a higher priority, long and short, would take all rows until it is too late."""
+    (due,) = queue.add(20, timeout_ms=5000)
+    for _ in range(4):
+        queue.add(60, priority=1)
+        queue.add(50, priority=1)
+    num_turns = 0
+    while not due.is_finished:
+        queue.turn()
+        queue.wait(STEP_S)
+        num_turns += 1
+
+    # Not at once, but in time.
+    assert 30 < num_turns <= 50
 
 
 def test_with_nothing_before_it_any_deadline_may_be_tried(queue: Queue) -> None:

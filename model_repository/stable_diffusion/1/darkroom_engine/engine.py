@@ -203,7 +203,7 @@ class Engine:
         """One turn: let go of what is over, step one batch, hand over what is finished."""
         with self._changed:
             self._scheduler.retire()
-            samples = self._scheduler.next_batch()
+            samples = self._scheduler.next_batch(time.monotonic())
         started = [sample for sample in samples if sample.is_started or self._start(sample)]
         if started:
             self._step(started)

@@ -20,7 +20,8 @@ class Scheduler:
     next with those that have least left, and so on. By the first rule nobody is put off for ever;
     by the second a short sample does not wait for long ones, whose state simply waits. Where all
     are alike, or all fit, both choose the same, and nobody is interrupted. In both orders a level
-    of priority is worth some seconds: of an earlier arrival, or of less that is left.
+    of priority is worth some seconds: of an earlier arrival, or of less that is left. Before both
+    come those that would else miss the deadline with which they were taken in.
 
     Not thread-safe: the engine calls it under its own lock.
     """
@@ -77,8 +78,11 @@ class Scheduler:
         self._check_deadline(samples)
         self._groups.setdefault(samples[0].latent_shape, []).extend(samples)
 
-    def next_batch(self) -> list[Sample]:
-        """The next samples of the shape whose turn it is; empty if there are none."""
+    def next_batch(self, now: float) -> list[Sample]:
+        """The next samples of the shape whose turn it is; empty if there are none.
+
+        `now` is on the clock of `time.monotonic`, seconds.
+        """
         if not self._groups:
             return []
         shape = next(iter(self._groups))
@@ -87,7 +91,7 @@ class Scheduler:
         self._last_orders[shape] = order
         free = self._max_rows(shape)
         batch = []
-        for sample in sorted(group, key=order):
+        for sample in sorted(group, key=lambda s: (self._slack_s(s, now) > 0, order(s))):
             # One that does not fit leaves its place to a smaller one, for this step only: the next
             # turn of this order starts with it again.
             if sample.num_rows <= free:
@@ -129,6 +133,16 @@ class Scheduler:
         """Seconds of its own steps that are left, fewer by its priority."""
         step_s = self._pace.step_s(sample.latent_shape, sample.num_rows)
         return sample.num_steps_left * step_s - self._head_start(sample)
+
+    def _slack_s(self, sample: Sample, now: float) -> float:
+        """Seconds that it can spare to others if it then makes every second step."""
+        deadline = sample.job.deadline
+        if deadline is None:
+            return math.inf
+        shape = sample.latent_shape
+        step_s = self._pace.step_s(shape, self._max_rows(shape))
+        needed_s = 2 * sample.num_steps_left * step_s + self._pace.decode_s(shape)
+        return deadline - now - needed_s
 
     def _head_start(self, sample: Sample) -> float:
         return sample.job.request.priority * self._seconds_per_priority
