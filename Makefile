@@ -13,7 +13,7 @@ export OUT ?= picture.png
 .PHONY: help
 help:  ## Say what there is to make
 	@echo "make TARGET [VARIABLE=value ...]"
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
 
 .PHONY: demo
 demo: $(INSTALLED)  ## Make a picture by a real tritonserver [PROMPT="..."] [OUT=picture.png]
@@ -49,6 +49,22 @@ perf: build/shapes/manifest.json  ## Run perf_analyzer against it, over gRPC and
 .PHONY: bench
 bench: build/shapes/manifest.json  ## Measure what continuous batching gives
 	$(BIN)/python benchmarks/batching.py build/shapes
+
+.PHONY: bench-decode
+bench-decode: build/shapes/manifest.json  ## Measure what decoding costs the steps beside it
+	$(BIN)/python benchmarks/decode.py build/shapes
+
+.PHONY: bench-overload
+bench-overload: build/shapes/manifest.json  ## Ask for three times what the server can
+	$(BIN)/python benchmarks/overload.py build/shapes
+
+.PHONY: bench-fairness
+bench-fairness: build/shapes/manifest.json  ## Measure who waits for whom when all rows are taken
+	$(BIN)/python benchmarks/fairness.py build/shapes
+
+.PHONY: soak
+soak: build/shapes/manifest.json  ## Send thousands of requests, and watch answers and memory
+	$(BIN)/python benchmarks/soak.py build/shapes
 
 .PHONY: clean
 clean:  ## Remove everything that was made, the virtual environment too

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from datetime import UTC, datetime
@@ -82,8 +83,16 @@ def git_commit(directory: Path) -> str | None:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write JSON, with each list of mere values on one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1)
+    # Line ends within texts are escaped: those that are found are JSON's own.
+    text = re.sub(r"\[\n[^][{}]*\n *\]", _on_one_line, text)
+    path.write_text(text + "\n")
+
+
+def _on_one_line(values: re.Match[str]) -> str:
+    return "[" + re.sub(r"\n *", " ", values[0][1:-1]).strip() + "]"
 
 
 def _git(directory: Path, *arguments: str) -> str:

@@ -27,3 +27,14 @@ def test_a_result_is_written_into_a_new_folder(tmp_path):
     write_result(path, {"ratio": 2.5})
 
     assert json.loads(path.read_text()) == {"ratio": 2.5}
+
+
+def test_a_list_of_values_takes_one_line_and_reads_as_it_was(tmp_path):
+    path = tmp_path / "perf.json"
+    result = {"attempts": [[1, "a [ b ]\n c", None], []], "rounds": [{"steps": [1.5, 2.5]}]}
+
+    write_result(path, result)
+
+    text = path.read_text()
+    assert json.loads(text) == result
+    assert "[1.5, 2.5]" in text
