@@ -58,6 +58,10 @@ class ServerError(DarkroomError):
 def from_status(status: str | None, message: str) -> DarkroomError:
     """The error for a status of Triton: a gRPC code's name, or an HTTP status as text."""
     code = (status or "").removeprefix("StatusCode.")
+    if code == "400":
+        # Over HTTP, Triton makes this of a model's CANCELLED too, and of every error of a model
+        # that it generates from.
+        code = _told_status(message) or code
     # Triton has one code for both of these pairs, so that the text must tell them apart.
     if code in ("UNAVAILABLE", "503") and (
         "queue is full" in message or _RETRY_AFTER.search(message)
@@ -74,11 +78,16 @@ def from_message(message: str, fields: Container[str]) -> DarkroomError:
     Args:
         fields: the names of the inputs; a message that begins with one is about that field.
     """
-    for pattern, status in _TELLING:
-        if pattern.search(message):
-            return from_status(status, message)
+    status = _told_status(message)
+    if status:
+        return from_status(status, message)
     field, colon, _ = message.partition(":")
     return InvalidRequest(message) if colon and field in fields else ServerError(message)
+
+
+def _told_status(message: str) -> str | None:
+    """The status that a message of ours was sent with, where its text tells."""
+    return next((status for pattern, status in _TELLING if pattern.search(message)), None)
 
 
 _ERRORS: dict[str, type[DarkroomError]] = {

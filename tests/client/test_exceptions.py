@@ -38,6 +38,11 @@ EXPIRED = "timeout_ms: 50 ran out"
         (("INTERNAL", "500"), FULL, ServerError),
         (("CANCELLED", "499"), FULL, RequestCancelled),
         (("INVALID_ARGUMENT", "400"), "timeout_ms: 0 is out of range", InvalidRequest),
+        # Over HTTP, Triton has one status for errors of many kinds.
+        (("400",), EXPIRED, RequestTimeout),
+        (("400",), "the request was cancelled", RequestCancelled),
+        (("400",), FULL, QueueFull),
+        (("400",), "prompt: the request was cancelled", InvalidRequest),
         (("DATA_LOSS", "418", "", "no status at all"), "whatever", ServerError),
     ],
 )

@@ -365,6 +365,21 @@ def test_a_reader_that_does_not_read_holds_up_nobody(client: Client) -> None:
     assert isinstance(events[-1], Done)
 
 
+def test_over_plain_http_a_deadline_and_a_cancel_are_what_they_are(
+    server: Server, client: Client
+) -> None:
+    with Client(server.http_url) as http:
+        with pytest.raises(RequestTimeout, match="timeout_ms: 200 ran out"):
+            http.generate("x", num_inference_steps=150, timeout_ms=200, **SLOW)
+        with ThreadPoolExecutor(1) as pool:
+            fields = {"num_inference_steps": 150, "request_id": "plain"} | SLOW
+            asked = pool.submit(http.generate, "x", **fields)
+            while not client.cancel("plain"):
+                assert not asked.done()
+            with pytest.raises(RequestCancelled):
+                asked.result(WAIT_S)
+
+
 def test_an_id_that_is_unknown_or_not_unique_cancels_nothing(client: Client) -> None:
     assert not client.cancel("nobody")
     with (
