@@ -13,7 +13,12 @@ from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 from darkroom import answers, protocol
 from darkroom.client import DEFAULT_TIMEOUT_S, QUICK_TIMEOUT_S
 from darkroom.events import Done, Event
-from darkroom.exceptions import InvalidRequest, RequestCancelled, ServerError
+from darkroom.exceptions import (
+    DarkroomError,
+    InvalidRequest,
+    RequestCancelled,
+    ServerError,
+)
 from darkroom.picture import Picture
 from darkroom.protocol import Options, Request
 from darkroom.transport import CHANNEL_OPTIONS, grpc_error, split_url
@@ -156,12 +161,20 @@ class AsyncEventStream(AsyncIterator[Event]):
     async def _read(self) -> Event:
         with _rpc_errors():
             async for response in self._responses:
-                event = answers.parse_event(answers.from_grpc(response))
+                event = answers.parse_event(await self._result(response))
                 if isinstance(event, Done):
                     await self._drain()
                 if event is not None:
                     return event
         raise ServerError(answers.ENDED_EARLY)
+
+    async def _result(self, response: Any) -> InferResult:
+        try:
+            return answers.from_grpc(response)
+        except DarkroomError:
+            # As of the synchronous call, see `GrpcCall`.
+            await self._drain()
+            raise
 
     async def _drain(self) -> None:
         """Let the server end the call: left now, it would still count as cancelled."""

@@ -139,9 +139,16 @@ class GrpcCall:
 
     def __next__(self) -> Any:
         try:
-            return answers.from_grpc(next(self._call))
+            response = next(self._call)
         except grpc.RpcError as error:
             raise grpc_error(error) from error
+        try:
+            return answers.from_grpc(response)
+        except DarkroomError:
+            # It is the server's last word. A call that is left before the server has ended it costs
+            # Triton 2.51 memory that it never gets back.
+            self.drain()
+            raise
 
     def drain(self) -> None:
         with contextlib.suppress(grpc.RpcError):

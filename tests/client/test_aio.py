@@ -378,6 +378,19 @@ def test_a_stream_that_outlives_its_loop_is_harmless(triton: FakeTriton) -> None
     assert triton.is_cancelled.wait(WAIT_S)
 
 
+def test_a_stream_that_ended_in_an_error_is_not_cancelled(triton: FakeTriton) -> None:
+    """Triton never frees what is left before it has ended it itself."""
+    triton.linger_s = SHORT_S
+    triton.failure = (grpc.StatusCode.INTERNAL, "unet failed")
+
+    async def ask(client: AsyncClient) -> None:
+        with pytest.raises(ServerError, match="unet failed"):
+            await read(client.stream("a cat"))
+
+    run(triton.grpc_url, ask)
+    assert not triton.is_cancelled.wait(SHORT_S)
+
+
 def test_a_stream_read_to_its_end_is_not_cancelled(triton: FakeTriton) -> None:
     """Even though the server takes some time to end what is answered."""
 

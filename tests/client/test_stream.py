@@ -269,6 +269,16 @@ def test_a_stream_read_to_its_end_is_not_cancelled(client: Client, triton: FakeT
     assert not triton.is_cancelled.wait(SHORT_S)
 
 
+def test_a_grpc_stream_that_ended_in_an_error_is_not_cancelled(triton: FakeTriton) -> None:
+    """Triton never frees what is left before it has ended it itself."""
+    triton.linger_s = SHORT_S
+    triton.script = saying(step(1), Failure(grpc.StatusCode.INTERNAL, "unet failed"))
+
+    with Client(triton.grpc_url) as client, pytest.raises(ServerError, match="unet failed"):
+        list(client.stream("a cat"))
+    assert not triton.is_cancelled.wait(SHORT_S)
+
+
 def test_an_error_after_the_pictures_is_none(client: Client, triton: FakeTriton) -> None:
     failure = Failure(grpc.StatusCode.INTERNAL, "cannot clean up")
     triton.script = saying({**tell(type="done"), **paint({"seed": 1})}, failure)

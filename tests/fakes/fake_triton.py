@@ -117,6 +117,8 @@ class FakeTriton:
     """What the HTTP face sends in the place of any answer, before it hangs up, if set."""
     ends_with_status: bool = False
     """Whether a gRPC stream that fails ends with a status, as a proxy may end one."""
+    linger_s: float = 0.0
+    """How long a gRPC stream that has told its error goes on before it ends."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
     cancelled_ids: list[str] = field(default_factory=list)
@@ -255,6 +257,7 @@ class GrpcFace(service_pb2_grpc.GRPCInferenceServiceServicer):
                     flight.is_over = True
                     context.abort(failure.code, failure.message)
                 yield service_pb2.ModelStreamInferResponse(error_message=failure.message)
+                flight.stop.wait(triton.linger_s)
         flight.is_over = True
 
 
