@@ -98,4 +98,10 @@ def _stack(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     and counted twice. So prompts of any lengths share a call, without a mask.
     """
     length = math.lcm(*{len(row) for row in rows})
-    return np.stack([np.concatenate([row] * (length // len(row))) for row in rows])
+    # Mostly all are as long as each other, and need not be copied first.
+    return np.stack(
+        [
+            row if len(row) == length else np.concatenate([row] * (length // len(row)))
+            for row in rows
+        ]
+    )

@@ -118,9 +118,9 @@ class Developer:
             job.denoised_at = now
             facts = pictures.provenance(job.request, sample.seed, model, engine)
             picture = pictures.encode(pictures.to_uint8(pixels), job.request.output_format, facts)
-            self._record(metrics.IMAGES, 1, "")
+            self._record(metrics.IMAGES, 1)
             job.deliver(sample.index, picture, {"model": model, "engine": engine})
         seconds = time.monotonic() - now
-        self._record(metrics.DECODE_SECONDS, seconds, "")
+        self._record(metrics.DECODE_SECONDS, seconds)
         if self._networks.num_failures == num_failures:
             self._pace.record_decode(samples[0].latent_shape, seconds / len(samples))

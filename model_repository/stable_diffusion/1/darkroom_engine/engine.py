@@ -20,9 +20,9 @@ from darkroom_engine.pace import Pace
 from darkroom_engine.prompts import PromptEncoder
 from darkroom_engine.reporter import Reporter
 from darkroom_engine.request import Field, ImageRequest, Limits
-from darkroom_engine.sample import Conditioning, Sample
+from darkroom_engine.sample import Conditioning, Sample, Shape
 from darkroom_engine.samplers import BadChoice, Samplers
-from darkroom_engine.scheduler import Scheduler, Shape
+from darkroom_engine.scheduler import Scheduler
 from darkroom_engine.solver import initial_state
 from darkroom_engine.steady import SteadyNetworks
 from darkroom_engine.tokenizer import PromptTokenizer
@@ -89,7 +89,7 @@ class Engine:
             is_overlapped=bool(config.overlap_decode),
             on_progress=self._wake,
         )
-        self._reporter = Reporter(manifest, lambda n: record(metrics.DROPPED_EVENTS, n, ""))
+        self._reporter = Reporter(manifest, lambda n: record(metrics.DROPPED_EVENTS, n))
         self._watcher = Watcher()
         self._num_steps = 0
         self._is_closing = False
@@ -282,7 +282,7 @@ class Engine:
         if job.started_at is None:
             job.started_at = time.monotonic()
             job.started_step = self._num_steps
-            self._record(metrics.QUEUE_SECONDS, job.started_at - job.submitted_at, "")
+            self._record(metrics.QUEUE_SECONDS, job.started_at - job.submitted_at)
         request = job.request
         multiples = request.max_embeddings_multiples
         try:
@@ -319,8 +319,8 @@ class Engine:
         if self._networks.num_failures == num_failures:
             self._pace.record_step(samples[0].latent_shape, batch.num_rows, seconds)
         self._record(metrics.STEP_SECONDS, seconds, metrics.rows_label(batch.num_rows))
-        self._record(metrics.BATCH_ROWS, batch.num_rows, "")
-        self._record(metrics.BATCH_PICTURES, len(samples), "")
+        self._record(metrics.BATCH_ROWS, batch.num_rows)
+        self._record(metrics.BATCH_PICTURES, len(samples))
 
     def _ordered(self, reply: Reply, listener: Listener | None) -> Reply:
         """The reply as it must be called, for a listener to hear of the end after all else."""
@@ -338,8 +338,8 @@ class Engine:
                 self._reporter.queued(job.listener, position)
 
     def _record_load(self) -> None:
-        self._record(metrics.WAITING, self._scheduler.num_waiting, "")
-        self._record(metrics.RUNNING, self._scheduler.num_running, "")
+        self._record(metrics.WAITING, self._scheduler.num_waiting)
+        self._record(metrics.RUNNING, self._scheduler.num_running)
 
     def _on_end(self, job: Job, answer: JobResult | EngineError) -> None:
         outcome = answer.outcome if isinstance(answer, EngineError) else "image"
@@ -352,7 +352,7 @@ class Engine:
         conditioning = self._prompts.encode(text, *options)
         result = "hit" if self._prompts.num_hits > num_hits else "miss"
         self._record(metrics.PROMPT_LOOKUPS, 1, result)
-        self._record(metrics.PROMPT_BYTES, self._prompts.num_bytes, "")
+        self._record(metrics.PROMPT_BYTES, self._prompts.num_bytes)
         return conditioning
 
     def _fail_all(self, error: EngineError) -> None:
@@ -385,4 +385,4 @@ class Engine:
                 lambda num_rows: networks.denoise_blank(num_rows, self._default_shape),
                 self._max_batch_size,
             )
-        self._record(metrics.MAX_ROWS, self._num_rows_at_default_size, "")
+        self._record(metrics.MAX_ROWS, self._num_rows_at_default_size)

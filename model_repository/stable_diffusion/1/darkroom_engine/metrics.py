@@ -1,8 +1,8 @@
 """What the engine tells about itself, by Prometheus' conventions: the table of its metrics."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 _SHORT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 _LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
@@ -104,8 +104,12 @@ METRICS = (
     *(NETWORK_FAILURES, DROPPED_EVENTS),
 )
 
-Record = Callable[[Metric, float, str], None]
-"""Takes a metric, a value, and the label's value: adds to a counter, sets a gauge, observes."""
+
+class Record(Protocol):
+    """Takes what a metric is told: adds to a counter, sets a gauge, observes in a histogram."""
+
+    def __call__(self, metric: Metric, value: float, label: str = "") -> None:
+        """`label` is the label's value, where the metric has one."""
 
 
 def record_nothing(metric: Metric, value: float, label: str = "") -> None:

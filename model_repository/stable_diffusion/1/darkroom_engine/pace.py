@@ -3,7 +3,7 @@
 import threading
 from math import prod
 
-Shape = tuple[int, int, int]
+from darkroom_engine.sample import Shape
 
 _MEMORY = 0.98
 """Of what earlier steps weigh, each new one leaves this much."""

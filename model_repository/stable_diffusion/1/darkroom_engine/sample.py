@@ -9,6 +9,9 @@ from darkroom_engine.job import Job
 from darkroom_engine.noise import GaussianNoise
 from darkroom_engine.solver import SAMPLE, SolverTable
 
+Shape = tuple[int, int, int]
+"""(C, H / 8, W / 8) of latents."""
+
 Conditioning = dict[str, NDArray[np.float32]]
 """What the UNet is told besides the sample and the timestep, one row, by input name."""
 
@@ -21,8 +24,8 @@ class Sample:
     index: int
     """Which of the request's pictures."""
     table: SolverTable
-    latent_shape: tuple[int, int, int]
-    """(C, H / 8, W / 8): all that two samples must share to share a UNet call."""
+    latent_shape: Shape
+    """All that two samples must share to share a UNet call."""
     step: int = 0
     """Steps done."""
     is_started: bool = False

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable
 
 from darkroom_engine.errors import InvalidRequest, Overloaded
 from darkroom_engine.pace import Pace
-from darkroom_engine.sample import Sample
+from darkroom_engine.sample import Sample, Shape
 
-Shape = tuple[int, int, int]
 Order = Callable[[Sample], float]
 
 

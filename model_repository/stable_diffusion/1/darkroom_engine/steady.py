@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from darkroom_engine.errors import NetworkFailed, NotYetAllowed
 from darkroom_engine.manifest import Manifest
 from darkroom_engine.networks import Networks
-from darkroom_engine.sample import Conditioning
+from darkroom_engine.sample import Conditioning, Shape
 
 RETRY_S = 0.1
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
-Shape = tuple[int, int, int]
 
 
 class SteadyNetworks:
