@@ -7,8 +7,8 @@ import pytest
 from engine_harness import LIMITS, WAIT_S, Harness
 
 from darkroom_engine import ImageRequest, Job
-from darkroom_engine.batch import StepBatch
-from darkroom_engine.sample import Sample
+from darkroom_engine.batch import StepBatch, stack_conditioning
+from darkroom_engine.sample import Group, Sample
 from darkroom_engine.schedule import NoiseSchedule
 from darkroom_engine.solver import PREDICTION, initial_state
 from darkroom_engine.unipc import UniPC
@@ -20,7 +20,8 @@ SCHEDULE = NoiseSchedule(tuple(0.01 + n / 50 for n in range(1000)), "sample", "l
 def make_sample(seed: int, num_tokens: int = 77, **fields: Any) -> Sample:
     values = {"num_inference_steps": 10, "guidance_scale": 4.0} | fields
     job = Job(ImageRequest.parse({"prompt": b"", **values}, LIMITS), lambda _: None)
-    sample = Sample(job, 0, UniPC().table(SCHEDULE, 10), SHAPE)
+    table = UniPC().table(SCHEDULE, 10)
+    sample = Sample(job, 0, table, Group("unet", SHAPE), job.request.guided_steps(10))
     rng = np.random.default_rng(seed)
     sample.state = initial_state(rng.normal(size=SHAPE).astype(np.float32), sample.table)
     sample.conditional = {"hidden": rng.normal(size=(num_tokens, 3)).astype(np.float32)}
@@ -30,6 +31,10 @@ def make_sample(seed: int, num_tokens: int = 77, **fields: Any) -> Sample:
 
 def outputs_for(batch: StepBatch) -> np.ndarray:
     return np.random.default_rng(9).normal(size=(batch.num_rows, *SHAPE)).astype(np.float32)
+
+
+def stacked(batch: StepBatch) -> dict[str, np.ndarray]:
+    return stack_conditioning([row.conditioning for row in batch.rows])
 
 
 def guided(sample: Sample) -> np.ndarray:
@@ -93,9 +98,8 @@ def test_guidance_is_on_within_its_interval_alone() -> None:
 
 def test_shorter_prompts_are_repeated_beside_longer_ones() -> None:
     long, short = make_sample(0, num_tokens=154), make_sample(1)
-    _, _, conditioning = StepBatch([long, short]).inputs()
+    hidden = stacked(StepBatch([long, short]))["hidden"]
 
-    hidden = conditioning["hidden"]
     assert hidden.shape == (4, 154, 3)
     np.testing.assert_array_equal(hidden[0], long.conditional["hidden"])
     for row, once in ((1, short.conditional), (3, short.unconditional)):
@@ -105,7 +109,7 @@ def test_shorter_prompts_are_repeated_beside_longer_ones() -> None:
 def test_two_and_three_chunks_meet_at_six() -> None:
     samples = [make_sample(n, num_tokens=77 * n, guidance_scale=1.0) for n in (2, 3)]
 
-    assert StepBatch(samples).inputs()[2]["hidden"].shape == (2, 462, 3)
+    assert stacked(StepBatch(samples))["hidden"].shape == (2, 462, 3)
 
 
 def test_a_long_prompt_leaves_its_neighbours_pictures_alone(harness: Harness) -> None:

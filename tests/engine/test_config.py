@@ -37,7 +37,7 @@ def test_bad_values_are_refused(values: dict[str, str], message: str) -> None:
 
 
 def test_the_shipped_config_states_the_defaults() -> None:
-    stated = dict(re.findall(r'key: "(\w+)" value \{ string_value: "(\d+)" \}', CONFIG.read_text()))
+    stated = dict(re.findall(r'key: "(\w+)" value \{ string_value: "(\w+)" \}', CONFIG.read_text()))
 
     assert EngineConfig.from_parameters(parameters(**stated)) == EngineConfig()
     assert set(stated) == set(EngineConfig.__dataclass_fields__)

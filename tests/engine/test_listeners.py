@@ -13,7 +13,7 @@ from PIL import Image
 
 from darkroom_engine import Cancelled, EngineError, ImageRequest, Job, JobResult, Manifest
 from darkroom_engine.reporter import MAX_BACKLOG, MAX_PREVIEW_BACKLOG, Reporter
-from darkroom_engine.sample import Sample
+from darkroom_engine.sample import Group, Sample
 from darkroom_engine.schedule import NoiseSchedule
 from darkroom_engine.solver import initial_state
 from darkroom_engine.unipc import UniPC
@@ -146,7 +146,8 @@ def test_what_a_listener_cannot_take_is_left_out_and_counted(
     reporter, ear = Reporter(manifest, drop), Ear(preview_interval=1)
     request = ImageRequest.parse({"prompt": b"", "num_inference_steps": 60}, harness.engine.limits)
     table = UniPC().table(NoiseSchedule.from_config(manifest.noise_schedule), 60)
-    sample = Sample(Job(request, ear.reply, listener=ear), 0, table, (4, 4, 4))
+    job = Job(request, ear.reply, listener=ear)
+    sample = Sample(job, 0, table, Group("unet", (4, 4, 4)), request.guided_steps(60))
     sample.state = initial_state(np.zeros((4, 4, 4), np.float32), table)
     sample.step = 1
     for _ in range(MAX_BACKLOG + 10):

@@ -68,9 +68,9 @@ def test_an_unverified_network_is_refused_by_name(
         (None, "is missing: this is no exported repository"),
         ("{", "is not JSON"),
         ("[]", "missing or malformed"),
-        ('{"format": 2}', "'name' is missing or malformed"),
-        ('{"format": 1}', "format 1, but this engine reads 2; export the checkpoint again"),
-        ('{"format": 99}', "format 99, but this engine reads 2; export the checkpoint again"),
+        ('{"format": 3}', "'name' is missing or malformed"),
+        ('{"format": 1}', "format 1, but this engine reads 3; export the checkpoint again"),
+        ('{"format": 99}', "format 99, but this engine reads 3; export the checkpoint again"),
     ],
 )
 def test_an_unreadable_manifest_is_refused(

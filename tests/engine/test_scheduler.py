@@ -10,7 +10,7 @@ from engine_harness import LIMITS
 
 from darkroom_engine import ImageRequest, InvalidRequest, Job, Overloaded
 from darkroom_engine.pace import Pace
-from darkroom_engine.sample import Sample
+from darkroom_engine.sample import Group, Sample
 from darkroom_engine.schedule import NoiseSchedule
 from darkroom_engine.scheduler import Scheduler
 from darkroom_engine.solver import SolverTable
@@ -58,7 +58,9 @@ class Queue:
         )
         job = Job(request, lambda _: None)
         job.submitted_at = self.clock()
-        samples = [Sample(job, index, table(num_steps), shape) for index in range(count)]
+        guided = request.guided_steps(num_steps)
+        group = Group("unet", shape)
+        samples = [Sample(job, n, table(num_steps), group, guided) for n in range(count)]
         self.scheduler.submit(samples)
         return samples
 

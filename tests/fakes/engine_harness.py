@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_networks import FakeNetworks
+from fake_networks import HIDDEN, FakeNetworks
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from darkroom_engine import Engine, EngineConfig, ImageRequest, Job, JobResult, Manifest
@@ -16,6 +16,7 @@ from darkroom_engine.request import Limits
 
 LIMITS = Limits(
     samplers=("unipc", "unipc_karras"),
+    default_sampler="unipc",
     default_width=512,
     default_height=512,
     default_num_inference_steps=25,
@@ -27,6 +28,7 @@ LIMITS = Limits(
     max_guidance_scale=50.0,
     max_num_images_per_prompt=8,
     max_clip_skip=11,
+    max_embeddings_multiples=4,
 )
 
 WAIT_S = 30.0
@@ -39,12 +41,18 @@ def manifest_document() -> dict[str, Any]:
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     alphas_cumprod = np.cumprod(1 - betas)
     verification = {"error": 1e-6, "tolerance": 1e-4}
-    names = ("text_encoder", "unet", "vae_decoder")
+    names = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
     return {
-        "format": 2,
+        "format": 3,
         "name": "fake",
         "family": "sd1",
-        "latents": {"channels": 4, "vae_scale_factor": 8, "vae_scaling_factor": 0.18215},
+        "precision": "fp32",
+        "latents": {
+            "channels": 4,
+            "vae_scale_factor": 8,
+            "vae_scaling_factor": 0.18215,
+            "vae_shift_factor": 0.0,
+        },
         "preview": {
             "matrix": [[0.4, 0.1, 0.0], [0.0, 0.4, 0.1], [0.1, 0.0, 0.4], [0.1, 0.1, 0.1]],
             "bias": [0.0, 0.1, 0.2],
@@ -57,13 +65,41 @@ def manifest_document() -> dict[str, Any]:
             "steps_offset": 0,
         },
         "solver": {"solver_order": 2, "solver_type": "bh2"},
-        "tokenizer": {
-            "file": "tokenizer/tokenizer.json",
-            "max_length": 77,
-            "bos_token_id": 300,
-            "eos_token_id": 301,
-            "pad_token_id": 301,
+        "text": {
+            "encoders": [
+                {
+                    "network": "text_encoder",
+                    "kind": "clip",
+                    "tokenizer": {
+                        "file": "tokenizer/tokenizer.json",
+                        "max_length": 77,
+                        "bos_token_id": 300,
+                        "eos_token_id": 301,
+                        "pad_token_id": 301,
+                    },
+                    "hidden": "last_hidden_state",
+                    "layers": "hidden_states",
+                    "pooled": None,
+                }
+            ],
+            "hidden_size": HIDDEN,
+            "pooled_input": None,
+            "empty_negative": "encode",
+            "num_blank_tokens": 0,
         },
+        "denoiser": {
+            "network": "unet",
+            "sample": "sample",
+            "output": "out_sample",
+            "extra_channels": 0,
+            "time_ids": [],
+            "guidance_embedding_size": 0,
+            "residuals": [],
+        },
+        "controlnets": {},
+        "loras": {},
+        "variants": {},
+        "safety_checker": None,
         "limits": {
             "default_width": 64,
             "default_height": 64,
@@ -76,6 +112,8 @@ def manifest_document() -> dict[str, Any]:
             "max_guidance_scale": 20.0,
             "max_num_images_per_prompt": 4,
             "max_clip_skip": 2,
+            "default_sampler": "unipc",
+            "max_embeddings_multiples": 4,
         },
         "networks": {
             name: {
@@ -111,6 +149,13 @@ def networks() -> FakeNetworks:
     return FakeNetworks()
 
 
+def _raw(value: Any) -> Any:
+    """A value as it arrives: texts as bytes, several as a tuple."""
+    if isinstance(value, list | tuple):
+        return tuple(_raw(one) for one in value)
+    return value.encode() if isinstance(value, str) else value
+
+
 class Harness:
     """An engine with its fake networks; `ask` submits and returns a future of the answer."""
 
@@ -123,7 +168,7 @@ class Harness:
         return self.ask_job(prompt, **fields)[1]
 
     def ask_job(self, prompt: str = "a cat", **fields: Any) -> "tuple[Job, Future[JobResult]]":
-        raw = {name: v.encode() if isinstance(v, str) else v for name, v in fields.items()}
+        raw = {name: _raw(value) for name, value in fields.items()}
         request = ImageRequest.parse(
             {"prompt": prompt.encode(), "seed": 0, **raw}, self.engine.limits
         )

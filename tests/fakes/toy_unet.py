@@ -1,4 +1,4 @@
-"""A formula in the place of a UNet, for tests that compare solvers."""
+"""A formula in the place of a denoiser, for tests that compare solvers."""
 
 import numpy as np
 
@@ -40,3 +40,14 @@ class ToyUNet:
     def x0(self, sample: np.ndarray, timestep: float) -> np.ndarray:
         """What the output says of x_0."""
         return np.sin(self.frequency * sample + timestep / 300) + 0.3 * self.bias
+
+
+class ToyTransformer(ToyUNet):
+    """The same x_0 as the velocity of a flow, eps - x_0, where alpha is 1 - sigma."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed, {"prediction_type": "flow_prediction"}, np.zeros(0))
+
+    def __call__(self, sample: np.ndarray, timestep: float) -> np.ndarray:
+        sigma = timestep / 1000
+        return ((sample - self.x0(sample, timestep)) / sigma).astype(np.float32)

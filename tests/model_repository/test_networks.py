@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 import triton_python_backend_utils as pb_utils
 
-from darkroom_engine import Manifest, NetworkFailed, TritonNetworks
+from darkroom_engine import NetworkFailed, TritonNetworks
 
 CALLER = "stable_diffusion"
-NETWORKS = ("text_encoder", "unet", "vae_decoder")
+NETWORKS = ("text_encoder", "unet")
 FOREVER_S = 60.0
 
 Arrays = dict[str, np.ndarray]
 
 
 @pytest.fixture
-def networks(manifest: Manifest, server: pb_utils.Server) -> TritonNetworks:
-    """The networks of a manifest, each loaded and refusing to run."""
+def networks(server: pb_utils.Server) -> TritonNetworks:
+    """Two networks, each loaded and refusing to run."""
     for name in NETWORKS:
         server.models[name] = fail_with(AssertionError("not to be called"))
     server.loaded.add(CALLER)
-    return TritonNetworks(pb_utils, CALLER, manifest)
+    return TritonNetworks(pb_utils, CALLER)
 
 
 def fail_with(error: Exception) -> Callable[[Arrays], Arrays]:
@@ -38,100 +38,73 @@ def seen(request: pb_utils.InferenceRequest) -> dict[str, tuple[tuple[int, ...],
     }
 
 
-def test_the_text_encoder_gets_token_ids(networks: TritonNetworks, server: pb_utils.Server) -> None:
-    server.models["text_encoder"] = lambda inputs: {
-        "last_hidden_state": inputs["input_ids"][:, :, None].astype(np.float32)
-    }
-    ids = np.arange(2 * 77, dtype=np.int64).reshape(2, 77)
-    conditioning = networks.encode(ids, 0)
-
-    (request,) = server.requests
-    assert request.requested_output_names() == ["last_hidden_state"]
-    assert seen(request) == {"input_ids": ((2, 77), "int64")}
-    assert list(conditioning) == ["encoder_hidden_states"]
-    assert np.array_equal(conditioning["encoder_hidden_states"][:, :, 0], ids)
-
-
-@pytest.mark.parametrize("clip_skip", [1, 2])
-def test_a_skipped_layer_is_counted_from_the_last(
-    networks: TritonNetworks, server: pb_utils.Server, clip_skip: int
-) -> None:
-    layers = np.arange(4, dtype=np.float32)[:, None, None]
-    server.models["text_encoder"] = lambda inputs: {
-        "hidden_states": layers + 10 * inputs["input_ids"][:, None, :, None].astype(np.float32)
-    }
-    ids = np.arange(2 * 77, dtype=np.int64).reshape(2, 77)
-    conditioning = networks.encode(ids, clip_skip)
-
-    (request,) = server.requests
-    assert request.requested_output_names() == ["hidden_states"]
-    assert seen(request) == {"input_ids": ((2, 77), "int64")}
-    expected = (3 - clip_skip) + 10 * ids[:, :, None]
-    assert np.array_equal(conditioning["encoder_hidden_states"], expected)
-
-
-def test_the_unet_takes_hidden_states_of_any_length(
+def test_outputs_come_in_the_order_in_which_they_are_wanted(
     networks: TritonNetworks, server: pb_utils.Server
 ) -> None:
-    server.models["unet"] = lambda inputs: {"out_sample": inputs["sample"]}
-    hidden = np.zeros((1, 924, 6), np.float32)
-    latents = np.zeros((1, 4, 8, 8), np.float32)
-    networks.denoise(latents, np.zeros(1, np.float32), {"encoder_hidden_states": hidden})
+    server.models["text_encoder"] = lambda inputs: {
+        "hidden_states": inputs["input_ids"].astype(np.float32),
+        "text_embeds": 2 * inputs["input_ids"].astype(np.float32),
+    }
+    ids = np.arange(2 * 77, dtype=np.int64).reshape(2, 77)
+    embeds, hidden = networks.run(
+        "text_encoder", {"input_ids": ids}, ["text_embeds", "hidden_states"]
+    )
 
     (request,) = server.requests
-    assert seen(request)["encoder_hidden_states"] == ((1, 924, 6), "float32")
+    assert request.requested_output_names() == ["text_embeds", "hidden_states"]
+    assert seen(request) == {"input_ids": ((2, 77), "int64")}
+    np.testing.assert_array_equal(hidden, ids)
+    np.testing.assert_array_equal(embeds, 2 * ids)
 
 
-def test_the_unet_gets_a_timestep_a_row_with_a_dimension_of_its_own(
+def test_a_number_a_row_has_a_dimension_of_its_own(
     networks: TritonNetworks, server: pb_utils.Server
 ) -> None:
     server.models["unet"] = lambda inputs: {
         "out_sample": inputs["sample"] + inputs["timestep"][:, :, None, None]
     }
-    sample = np.zeros((3, 4, 8, 16), np.float32)
-    timestep = np.array([1, 500, 999], np.float32)
-    hidden = np.zeros((3, 77, 6), np.float32)
-    output = networks.denoise(sample, timestep, {"encoder_hidden_states": hidden})
+    inputs = {
+        "sample": np.zeros((3, 4, 8, 16), np.float32),
+        "timestep": np.array([1, 500, 999], np.float32),
+        "encoder_hidden_states": np.zeros((3, 924, 6), np.float32),
+    }
+    (output,) = networks.run("unet", inputs, ["out_sample"])
 
     (request,) = server.requests
-    assert request.requested_output_names() == ["out_sample"]
     assert seen(request) == {
         "sample": ((3, 4, 8, 16), "float32"),
         "timestep": ((3, 1), "float32"),
-        "encoder_hidden_states": ((3, 77, 6), "float32"),
+        "encoder_hidden_states": ((3, 924, 6), "float32"),
     }
-    assert output.shape == sample.shape
     assert output[:, 0, 0, 0].tolist() == [1, 500, 999]
 
 
-def test_the_vae_decoder_gets_latents(networks: TritonNetworks, server: pb_utils.Server) -> None:
-    server.models["vae_decoder"] = lambda inputs: {
-        "sample": inputs["latent_sample"][:, :3].repeat(8, 2).repeat(8, 3)
-    }
-    pixels = networks.decode(np.ones((1, 4, 8, 16), np.float32))
+def test_networks_go_by_their_name_in_this_server(server: pb_utils.Server) -> None:
+    server.models["sdxl_unet"] = lambda inputs: {"out_sample": inputs["sample"]}
+    server.loaded.add(CALLER)
+    networks = TritonNetworks(pb_utils, CALLER, prefix="sdxl_")
+    networks.wait_until_ready(["unet"], 0.0, lambda: False)
+    sample = np.ones((1, 4, 2, 2), np.float32)
 
-    (request,) = server.requests
-    assert request.requested_output_names() == ["sample"]
-    assert seen(request) == {"latent_sample": ((1, 4, 8, 16), "float32")}
-    assert pixels.shape == (1, 3, 64, 128)
+    assert np.array_equal(networks.run("unet", {"sample": sample}, ["out_sample"])[0], sample)
+    assert set(server.questions) == {"sdxl_unet", CALLER}
+    server.models["sdxl_unet"] = fail_with(RuntimeError("out of memory"))
+    # Errors are about the network, whatever it is called here.
+    with pytest.raises(NetworkFailed, match="^unet failed: out of memory$"):
+        networks.run("unet", {"sample": sample}, ["out_sample"])
 
 
 def test_views_that_are_not_contiguous_are_sent_right(
     networks: TritonNetworks, server: pb_utils.Server
 ) -> None:
-    server.models["vae_decoder"] = lambda inputs: {"sample": inputs["latent_sample"]}
-    latents = np.arange(2 * 4 * 3 * 5, dtype=np.float32).reshape(2, 4, 3, 5).transpose(0, 1, 3, 2)
+    server.models["unet"] = lambda inputs: {"out_sample": inputs["sample"]}
+    sample = np.arange(2 * 4 * 3 * 5, dtype=np.float32).reshape(2, 4, 3, 5).transpose(0, 1, 3, 2)
 
-    assert np.array_equal(networks.decode(latents), latents)
+    assert np.array_equal(networks.run("unet", {"sample": sample}, ["out_sample"])[0], sample)
 
 
-def call_each(networks: TritonNetworks) -> dict[str, Callable[[], object]]:
-    latents = np.zeros((1, 4, 8, 8), np.float32)
-    return {
-        "text_encoder": lambda: networks.encode(np.zeros((1, 77), np.int64), 0),
-        "unet": lambda: networks.denoise(latents, np.zeros(1, np.float32), {}),
-        "vae_decoder": lambda: networks.decode(latents),
-    }
+def call(networks: TritonNetworks, name: str) -> None:
+    networks.run(name, {"sample": np.zeros((1, 2), np.float32)}, ["out_sample"])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -142,7 +115,7 @@ def test_a_failure_names_the_network_in_whichever_form_it_comes(
     server.models[name] = fail_with(error("out of memory"))
 
     with pytest.raises(NetworkFailed, match=f"^{name} failed: out of memory$") as caught:
-        call_each(networks)[name]()
+        call(networks, name)
     assert caught.value.network == name
 
 
@@ -152,10 +125,10 @@ def test_a_failure_names_the_network_in_whichever_form_it_comes(
 def test_only_a_server_that_stops_makes_a_failure_final(
     networks: TritonNetworks, server: pb_utils.Server, message: str, *, is_final: bool
 ) -> None:
-    server.models["vae_decoder"] = fail_with(pb_utils.TritonModelException(message))
+    server.models["unet"] = fail_with(pb_utils.TritonModelException(message))
 
     with pytest.raises(NetworkFailed, match=message) as caught:
-        networks.decode(np.zeros((1, 4, 2, 2), np.float32))
+        call(networks, "unet")
     assert caught.value.is_final is is_final
 
 
@@ -166,13 +139,13 @@ def test_a_network_that_is_gone_is_named(
     del server.models[name]
 
     with pytest.raises(NetworkFailed, match=f"^{name} failed: .* Model '{name}' is not ready"):
-        call_each(networks)[name]()
+        call(networks, name)
 
 
 def test_ready_networks_are_not_waited_for(
     networks: TritonNetworks, server: pb_utils.Server
 ) -> None:
-    networks.wait_until_ready(0.0, lambda: False)
+    networks.wait_until_ready(NETWORKS, 0.0, lambda: False)
 
     assert set(server.questions) == {*NETWORKS, CALLER}
     assert server.requests == []
@@ -190,7 +163,7 @@ def test_each_network_and_the_model_itself_are_waited_for(
             server.loaded.add(name)
 
     server.on_question = load_at_the_third_question
-    networks.wait_until_ready(FOREVER_S, lambda: False)
+    networks.wait_until_ready(NETWORKS, FOREVER_S, lambda: False)
 
     assert (model is None) == (name == CALLER)
     assert server.questions.count(name) == 3
@@ -205,7 +178,7 @@ def test_a_server_that_is_starting_is_waited_for(
         server.is_starting = len(server.questions) < 3
 
     server.on_question = start_at_the_third_question
-    networks.wait_until_ready(FOREVER_S, lambda: False)
+    networks.wait_until_ready(NETWORKS, FOREVER_S, lambda: False)
 
     assert not server.is_starting
 
@@ -218,7 +191,7 @@ def test_what_never_comes_is_given_up_by_name(
     server.loaded.discard(name)
 
     with pytest.raises(NetworkFailed, match=rf"^{name} failed: not ready within 0.1 s"):
-        networks.wait_until_ready(0.1, lambda: False)
+        networks.wait_until_ready(NETWORKS, 0.1, lambda: False)
 
 
 def test_a_server_that_never_starts_is_given_up(
@@ -227,4 +200,4 @@ def test_a_server_that_never_starts_is_given_up(
     server.is_starting = True
 
     with pytest.raises(NetworkFailed, match="failed: not ready within 0 s"):
-        networks.wait_until_ready(0.0, lambda: False)
+        networks.wait_until_ready(NETWORKS, 0.0, lambda: False)

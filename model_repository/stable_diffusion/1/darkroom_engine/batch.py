@@ -2,17 +2,27 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from darkroom_engine.errors import NetworkFailed
-from darkroom_engine.sample import Conditioning, Sample
+from darkroom_engine.networks import Conditioning
+from darkroom_engine.sample import Sample
 from darkroom_engine.solver import NOISE, advance
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row of a call: a sample, and what the denoiser is told with it."""
+
+    sample: Sample
+    conditioning: Conditioning
+
+
 class StepBatch:
-    """The next step of N samples of one latent shape, as R rows.
+    """The next step of N samples of one group, as R rows.
 
     Rows 0 to N - 1 are the conditional predictions; samples that are guided at this step have a
     second, unconditional row after those.
@@ -21,24 +31,20 @@ class StepBatch:
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.samples = samples
         self._guided = [n for n, sample in enumerate(samples) if sample.is_guided]
+        self.rows = [Row(sample, sample.conditional) for sample in samples]
+        self.rows += [Row(samples[n], samples[n].unconditional) for n in self._guided]
 
     @property
     def num_rows(self) -> int:
-        return len(self.samples) + len(self._guided)
+        return len(self.rows)
 
-    def inputs(self) -> tuple[NDArray[np.float32], NDArray[np.float32], Conditioning]:
-        """Sample (R, C, H, W), timestep (R,) and the conditioning inputs, each (R, ...)."""
-        samples = self.samples
-        row_owners = [*samples, *(samples[n] for n in self._guided)]
-        latents = np.stack([sample.latents for sample in row_owners])
-        timesteps = np.array([sample.timestep for sample in row_owners], np.float32)
-        conditionings = [sample.conditional for sample in samples]
-        conditionings += [samples[n].unconditional for n in self._guided]
-        stacked = {
-            name: _stack([conditioning[name] for conditioning in conditionings])
-            for name in conditionings[0]
-        }
-        return latents, timesteps, stacked
+    def latents(self) -> NDArray[np.float32]:
+        """(R, C, h, w)."""
+        return np.stack([row.sample.latents for row in self.rows])
+
+    def timesteps(self) -> NDArray[np.float32]:
+        """(R,)."""
+        return np.array([row.sample.timestep for row in self.rows], np.float32)
 
     def apply(self, outputs: NDArray[np.float32]) -> list[tuple[Sample, NetworkFailed]]:
         """Advance every sample by its own step.
@@ -64,9 +70,11 @@ class StepBatch:
             # A copy, because a view would keep the whole batch for as long as one of it waits.
             sample.state = state.copy()
             sample.step += 1
+            if sample.kept is not None:
+                sample.kept.put_back(sample)
             if not np.isfinite(output).all():
                 problem = f"output is not finite at step {sample.step} of {sample.table.num_steps}"
-                failed.append((sample, NetworkFailed("unet", problem)))
+                failed.append((sample, NetworkFailed(sample.group.network, problem)))
         return failed
 
     def _guide(self, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -89,6 +97,11 @@ def _rescale(
     rescaled = guided * (conditional.std(ddof=1) / guided.std(ddof=1))
     mixed: NDArray[np.float32] = phi * rescaled + (1 - phi) * guided
     return mixed
+
+
+def stack_conditioning(rows: Sequence[Conditioning]) -> Conditioning:
+    """The rows' inputs, each (R, ...)."""
+    return {name: _stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def _stack(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from darkroom_engine.safety import SafetyMode
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -27,12 +29,20 @@ class EngineConfig:
     """A level of `priority` counts as having arrived so much earlier."""
     heal_timeout_s: int = 60
     """How long requests wait for a network whose process died to be there again."""
+    safety_checker: str = "off"
+    """What the checkpoint's safety checker is for: `flag` tells of its findings, `blank` makes
+    those pictures black besides."""
 
     def __post_init__(self) -> None:
         for key, (low, high) in _RANGES.items():
             value = getattr(self, key)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{key}: {value} is outside {low} to {high}")
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                raise ValueError(
+                    f"{key}: {getattr(self, key)!r} does not exist, there are {', '.join(choices)}"
+                )
         if self.max_rows is not None and self.warmup_rows > self.max_rows:
             raise ValueError(
                 f"warmup_rows: {self.warmup_rows} is above max_rows, which is {self.max_rows}"
@@ -51,6 +61,9 @@ class EngineConfig:
             if key not in known:
                 raise ValueError(f"{key}: no such engine parameter; there are {sorted(known)}")
             text = entry["string_value"]
+            if key in _CHOICES:
+                values[key] = text
+                continue
             try:
                 values[key] = None if (key, text) == ("max_rows", "auto") else int(text)
             except ValueError:
@@ -69,3 +82,4 @@ _RANGES = {
     "seconds_per_priority": (0, 86_400),
     "heal_timeout_s": (0, 3600),
 }
+_CHOICES = {"safety_checker": tuple(SafetyMode)}

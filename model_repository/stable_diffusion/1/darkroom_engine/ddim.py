@@ -34,7 +34,7 @@ class DDIM:
         last = 0.0 if schedule.set_alpha_to_one else sigmas[0]
         ends = np.where(end_timesteps < 0, last, sigmas[end_timesteps])
 
-        alpha, sigma = levels.alpha[:-1], levels.sigma[:-1]
+        alpha, sigma = levels.starts.T
         end_alpha = 1 / np.sqrt(ends**2 + 1)
         end_sigma = ends * end_alpha
         fresh = self.eta * end_sigma / sigma * np.sqrt(1 - (alpha / end_alpha) ** 2)
@@ -46,6 +46,7 @@ class DDIM:
         advance[:, NOISE] = fresh
         return SolverTable(
             timesteps=timesteps,
+            levels=levels.starts,
             convert=x0_weights(levels, schedule.prediction_type),
             correct=uncorrected(levels.num_steps),
             advance=advance,

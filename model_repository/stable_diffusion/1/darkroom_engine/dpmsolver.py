@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from darkroom_engine.schedule import NoiseLevels, NoiseSchedule
+from darkroom_engine.schedule import FlowSchedule, NoiseLevels, NoiseSchedule, Schedule
 from darkroom_engine.solver import (
     LAST,
     NOISE,
@@ -27,17 +27,15 @@ class DPMSolver2M:
 
     is_sde: bool = False
     use_karras_sigmas: bool = False
+    begin_index: int = 0
+    """The step that a run begins with, which has no history; the rows before it mean nothing."""
 
     @property
     def has_own_timesteps(self) -> bool:
         return self.use_karras_sigmas
 
-    def table(self, schedule: NoiseSchedule, num_inference_steps: int) -> SolverTable:
-        levels = schedule.levels(
-            num_inference_steps,
-            use_karras_sigmas=self.use_karras_sigmas,
-            final_sigmas_type="zero",
-        )
+    def table(self, schedule: Schedule, num_inference_steps: int) -> SolverTable:
+        levels = self._levels(schedule, num_inference_steps)
         lam = levels.log_snr
         num_steps = levels.num_steps
         advance = np.zeros((num_steps, NUM_TERMS))
@@ -50,16 +48,26 @@ class DPMSolver2M:
             advance[s, NOISE] = order1.noise
             # The first step has no history, and the last ends at noise level zero, where only
             # order 1 is finite.
-            if 0 < s < num_steps - 1:
+            if self.begin_index < s < num_steps - 1:
                 r = (lam[s] - lam[s - 1]) / (lam[t] - lam[s])
                 advance[s, PREDICTION] += gain / (2 * r)
                 advance[s, PREDICTION + 1] = -gain / (2 * r)
         return SolverTable(
             timesteps=levels.timesteps,
+            levels=levels.starts,
             convert=x0_weights(levels, schedule.prediction_type),
             correct=uncorrected(num_steps),
             advance=advance,
             is_stochastic=self.is_sde,
+        )
+
+    def _levels(self, schedule: Schedule, num_inference_steps: int) -> NoiseLevels:
+        if isinstance(schedule, FlowSchedule):
+            return schedule.dpm_levels(num_inference_steps)
+        return schedule.levels(
+            num_inference_steps,
+            use_karras_sigmas=self.use_karras_sigmas,
+            final_sigmas_type="zero",
         )
 
 
@@ -74,6 +82,8 @@ class DPMSolverSDE:
 
     has_own_timesteps: ClassVar[bool] = True
     use_karras_sigmas: bool = False
+    begin_index: int = 0
+    """The step that a run begins with, which has no history; the rows before it mean nothing."""
 
     def table(self, schedule: NoiseSchedule, num_inference_steps: int) -> SolverTable:
         levels = replace(schedule, timestep_spacing="linspace").levels(
@@ -86,8 +96,9 @@ class DPMSolverSDE:
         advance = np.zeros((num_steps, NUM_TERMS))
         for s in range(num_steps):
             t = s + 1
-            # The last ends at noise level zero, where only order 1 is finite.
-            if s % 2 == 0 or s == num_steps - 1:
+            # The first of a run has no history, even if it is the second of a pair, and the last
+            # ends at noise level zero, where only order 1 is finite.
+            if s % 2 == 0 or s in (self.begin_index, num_steps - 1):
                 order1 = _sde_order1(levels, s, t)
                 advance[s, SAMPLE] = order1.sample
                 advance[s, PREDICTION] = order1.prediction
@@ -101,6 +112,7 @@ class DPMSolverSDE:
             advance[s, NOISE] = order1.noise
         return SolverTable(
             timesteps=levels.timesteps,
+            levels=levels.starts,
             convert=x0_weights(levels, schedule.prediction_type),
             correct=uncorrected(num_steps),
             advance=advance,

@@ -3,29 +3,34 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from darkroom_engine import journal, metrics
 from darkroom_engine.batch import StepBatch
 from darkroom_engine.config import EngineConfig
+from darkroom_engine.denoiser import Denoiser
 from darkroom_engine.developer import Developer
 from darkroom_engine.errors import EngineError, InvalidRequest
 from darkroom_engine.job import Job, JobResult, Listener, Reply
 from darkroom_engine.manifest import Manifest
 from darkroom_engine.memory import rows_that_fit
 from darkroom_engine.metrics import Record, record_nothing
-from darkroom_engine.networks import Networks
-from darkroom_engine.noise import GaussianNoise
+from darkroom_engine.networks import Conditioning, Networks, Shape
 from darkroom_engine.pace import Pace
 from darkroom_engine.prompts import PromptEncoder
+from darkroom_engine.reader import Field
 from darkroom_engine.reporter import Reporter
-from darkroom_engine.request import Field, ImageRequest, Limits
-from darkroom_engine.sample import Conditioning, Sample, Shape
+from darkroom_engine.request import MODES, OUTPUT_FORMATS, ImageRequest, Limits
+from darkroom_engine.safety import SafetyChecker, SafetyMode
+from darkroom_engine.sample import Group, Sample
 from darkroom_engine.samplers import BadChoice, Samplers
 from darkroom_engine.scheduler import Scheduler
-from darkroom_engine.solver import initial_state
 from darkroom_engine.steady import SteadyNetworks
-from darkroom_engine.tokenizer import PromptTokenizer
+from darkroom_engine.vae import Vae
 from darkroom_engine.watcher import IsAbandoned, Watcher
 
 logger = logging.getLogger(__name__)
@@ -35,6 +40,10 @@ NETWORKS_TIMEOUT_S = 600.0
 
 def _never() -> bool:
     return False
+
+
+def _do_nothing() -> None:
+    pass
 
 
 class Engine:
@@ -52,29 +61,46 @@ class Engine:
         networks: Networks,
         config: EngineConfig,
         record: Record = record_nothing,
+        on_warm: Callable[[], None] = _do_nothing,
     ) -> None:
+        """Prepare an engine.
+
+        Args:
+            record: takes what is to be counted and measured.
+            on_warm: called on the engine's thread when requests begin to run.
+
+        Raises:
+            ValueError: a setting that does not fit the checkpoint.
+        """
         self._manifest = manifest
         self._config = config
         self._record = record
-        self._max_batch_size = manifest.networks["unet"].max_batch_size
+        self._on_warm = on_warm
+        denoiser = manifest.denoiser.network
+        self._max_batch_size = manifest.networks[denoiser].max_batch_size
         if config.max_rows is not None and config.max_rows > self._max_batch_size:
             raise ValueError(
-                f"max_rows: {config.max_rows} is above the {self._max_batch_size} that the unet "
-                "takes"
+                f"max_rows: {config.max_rows} is above the {self._max_batch_size} that the "
+                f"{denoiser} takes"
             )
         # Set by the warm-up if the config leaves it to us.
         self._num_rows_at_default_size = config.max_rows or 2
         self._samplers = Samplers.from_config(manifest.noise_schedule, manifest.solver)
-        self.limits = Limits(samplers=self._samplers.names, **manifest.limits)
+        self.limits = _limits(manifest, self._samplers.names)
         self._default_shape = self._shape_of(self.limits.default_width, self.limits.default_height)
         self._networks = SteadyNetworks(
             networks,
-            manifest,
             config.heal_timeout_s,
             lambda name: record(metrics.NETWORK_FAILURES, 1, name),
         )
-        tokenizer = PromptTokenizer.from_config(manifest.tokenizer, manifest.directory)
-        self._prompts = PromptEncoder(tokenizer, self._networks, config.prompt_cache_bytes)
+        self._prompts = PromptEncoder.from_config(
+            manifest.text, manifest.directory, self._networks, config.prompt_cache_bytes
+        )
+        self._denoiser = Denoiser(manifest, self._networks)
+        self._vae = Vae(manifest, self._networks)
+        self._safety_checker = SafetyChecker(
+            manifest, self._networks, SafetyMode(config.safety_checker)
+        )
         self._pace = Pace()
         self._scheduler = Scheduler(
             self.max_rows, config.max_queue_size, config.seconds_per_priority, self._pace
@@ -82,10 +108,12 @@ class Engine:
         self._changed = threading.Condition()
         self._developer = Developer(
             self._networks,
+            self._vae,
+            self._safety_checker,
             manifest,
-            config.max_decode_rows,
-            self._pace,
-            record,
+            max_decode_rows=config.max_decode_rows,
+            pace=self._pace,
+            record=record,
             is_overlapped=bool(config.overlap_decode),
             on_progress=self._wake,
         )
@@ -178,6 +206,8 @@ class Engine:
                 raise EngineError("the engine is stopping")
             job.submitted_step = self._num_steps
             self._scheduler.submit(samples)
+            if job.needs_canvas:
+                self._developer.prepare_beside(job)
             self._watcher.watch(job, is_abandoned)
             self._report_positions()
             self._record_load()
@@ -198,6 +228,21 @@ class Engine:
         for job in jobs:
             job.cancel()
         return bool(jobs)
+
+    def describe(self) -> dict[str, Any]:
+        """What this engine serves: all that a client needs to make requests that it takes."""
+        limits, manifest = self.limits, self._manifest
+        named = ("modes", "samplers", "controlnets", "loras", "variants", "size_fields")
+        return {
+            "name": manifest.name,
+            "family": manifest.family,
+            "precision": manifest.precision,
+            "engine": manifest.sha256[:12],
+            **{name: list(getattr(limits, name)) for name in named},
+            "limits": {**manifest.limits, "max_queue_size": self._config.max_queue_size},
+            "output_formats": list(OUTPUT_FORMATS),
+            "safety_checker": self._config.safety_checker,
+        }
 
     def turn(self) -> None:
         """One turn: let go of what is over, step one batch, hand over what is finished."""
@@ -224,6 +269,7 @@ class Engine:
             self._refuse_all(EngineError(f"this is a bug: {error!r}"))
             return
         self._developer.start()
+        self._on_warm()
         while self._wait_for_work():
             try:
                 self.turn()
@@ -250,8 +296,8 @@ class Engine:
             self._changed.notify()
 
     def _samples_of(self, job: Job) -> list[Sample]:
-        request = job.request
-        texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        request, manifest = job.request, self._manifest
+        texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt or ""}
         for field, text in texts.items():
             try:
                 self._prompts.validate(text)
@@ -264,18 +310,33 @@ class Engine:
                 request.num_inference_steps,
                 request.eta,
                 request.timestep_spacing,
+                strength=None if request.start is None else request.start.strength,
+                denoising_start=request.denoising_start,
+                denoising_end=request.denoising_end,
             )
         except BadChoice as error:
             raise InvalidRequest(error.field, error.problem) from None
-        shape = self._shape_of(request.width, request.height)
-        return [Sample(job, index, table, shape) for index in range(request.num_images_per_prompt)]
+        if manifest.denoiser.extra_channels and request.start and request.start.latents is not None:
+            raise InvalidRequest("image", "latents, but this checkpoint must be shown a picture")
+        network = self._denoiser.network_of(self._replaced(request))
+        group = Group(network, self._shape_of(request.width, request.height))
+        is_embedded = bool(manifest.denoiser.guidance_embedding_size)
+        guided = range(0) if is_embedded else request.guided_steps(table.num_steps)
+        return [
+            Sample(job, index, table, group, guided)
+            for index in range(request.num_images_per_prompt)
+        ]
+
+    def _replaced(self, request: ImageRequest) -> Mapping[str, str]:
+        """Which network takes the place of which, for the request's variant."""
+        return self._manifest.variants[request.variant] if request.variant else {}
 
     def _shape_of(self, width: int, height: int) -> Shape:
         factor = self._manifest.vae_scale_factor
         return (self._manifest.latent_channels, height // factor, width // factor)
 
     def _start(self, sample: Sample) -> bool:
-        """Give a sample its embeddings and its noise; False if that failed."""
+        """Give a sample its conditioning and what it starts with; False if that failed."""
         job = sample.job
         if job.is_over:
             return False
@@ -283,20 +344,38 @@ class Engine:
             job.started_at = time.monotonic()
             job.started_step = self._num_steps
             self._record(metrics.QUEUE_SECONDS, job.started_at - job.submitted_at)
-        request = job.request
-        multiples = request.max_embeddings_multiples
         try:
-            sample.conditional = self._encode(request.prompt, request.clip_skip, multiples)
-            if request.guided_steps:
-                # As in diffusers, whose clip_skip is the prompt's alone.
-                sample.unconditional = self._encode(request.negative_prompt, 0, multiples)
+            self._condition(sample)
+            canvas = self._developer.prepare(job)
         except EngineError as error:
             job.fail(error)
             return False
-        sample.noise = GaussianNoise(sample.seed)
-        sample.state = initial_state(sample.noise.draw(sample.latent_shape), sample.table)
+        sample.begin(canvas)
+        sample.control_images = canvas.controls
+        sample.lora_scale = self._lora_scale(job.request)
         sample.is_started = True
         return True
+
+    def _condition(self, sample: Sample) -> None:
+        request = sample.job.request
+        multiples, replaced = request.max_embeddings_multiples, self._replaced(request)
+        sample.conditional = {
+            **self._encode(request.prompt, request.clip_skip, multiples, replaced),
+            **self._denoiser.sizes(request, is_negative=False),
+        }
+        if sample.guided_steps:
+            sample.unconditional = {
+                # As in diffusers, whose clip_skip is the prompt's alone.
+                **self._encode(request.negative_prompt, 0, multiples, replaced),
+                **self._denoiser.sizes(request, is_negative=True),
+            }
+
+    def _lora_scale(self, request: ImageRequest) -> NDArray[np.float32] | None:
+        """(K,) of all adapters, None where all would be 0."""
+        scales = dict(request.loras)
+        if not any(scales.values()):
+            return None
+        return np.array([scales.get(name, 0.0) for name in self.limits.loras], np.float32)
 
     def _step(self, samples: list[Sample]) -> None:
         """One UNet call; a failure ends the jobs of the rows it hit and of no others."""
@@ -306,7 +385,7 @@ class Engine:
         num_failures = self._networks.num_failures
         start = time.monotonic()
         try:
-            outputs = self._networks.denoise(*batch.inputs())
+            outputs = self._denoiser.predict(batch)
         except EngineError as error:
             for sample in samples:
                 sample.job.fail(error)
@@ -347,9 +426,11 @@ class Engine:
         self._record(metrics.REQUEST_SECONDS, time.monotonic() - job.submitted_at, outcome)
         journal.log_end(job, answer)
 
-    def _encode(self, text: str, *options: int) -> Conditioning:
+    def _encode(
+        self, text: str | None, clip_skip: int, multiples: int, replaced: Mapping[str, str]
+    ) -> Conditioning:
         num_hits = self._prompts.num_hits
-        conditioning = self._prompts.encode(text, *options)
+        conditioning = self._prompts.encode(text, clip_skip, multiples, replaced)
         result = "hit" if self._prompts.num_hits > num_hits else "miss"
         self._record(metrics.PROMPT_LOOKUPS, 1, result)
         self._record(metrics.PROMPT_BYTES, self._prompts.num_bytes)
@@ -370,19 +451,65 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Make every network's first calls, and learn what they cost."""
-        networks, config = self._networks, self._config
-        networks.wait_until_ready(NETWORKS_TIMEOUT_S, lambda: self._is_closing)
-        self._prompts.encode("")
-        shape = networks.smallest_shape
+        config, denoiser = self._config, self._denoiser
+        self._rehearse()
+        shape = self._smallest_shape
         for num_rows in range(1, config.warmup_rows + 1):
-            networks.denoise_blank(num_rows, shape)
+            denoiser.predict_blank(num_rows, shape)
             # The first call of a size may cost more than those after it.
             start = time.monotonic()
-            networks.denoise_blank(num_rows, shape)
+            denoiser.predict_blank(num_rows, shape)
             self._pace.record_step(shape, num_rows, time.monotonic() - start)
         if config.max_rows is None:
             self._num_rows_at_default_size = rows_that_fit(
-                lambda num_rows: networks.denoise_blank(num_rows, self._default_shape),
+                lambda num_rows: denoiser.predict_blank(num_rows, self._default_shape),
                 self._max_batch_size,
             )
         self._record(metrics.MAX_ROWS, self._num_rows_at_default_size)
+
+    def _rehearse(self) -> None:
+        """Make the first call of every network, and of each by which it will be tried later."""
+        networks, manifest, shape = self._networks, self._manifest, self._smallest_shape
+        timeout_s = NETWORKS_TIMEOUT_S
+        unused = manifest.safety_checker or {}
+        needed = [name for name in manifest.networks if name != unused.get("network")]
+        networks.wait_until_ready(
+            needed if self._safety_checker.mode is SafetyMode.OFF else [*manifest.networks],
+            timeout_s,
+            lambda: self._is_closing,
+        )
+        replacements: list[Mapping[str, str]] = [{}, *manifest.variants.values()]
+        for replaced in replacements:
+            for network, inputs, outputs in self._prompts.probe_calls:
+                networks.first_run(replaced.get(network, network), inputs, outputs, timeout_s)
+        self._denoiser.rehearse(self._prompts.encode(""), shape, timeout_s)
+        for network in dict.fromkeys(map(self._denoiser.network_of, replacements)):
+            self._denoiser.rehearse_network(network, shape, timeout_s)
+        self._vae.rehearse(shape, timeout_s)
+        self._safety_checker.rehearse(timeout_s)
+
+    @property
+    def _smallest_shape(self) -> Shape:
+        return self._shape_of(self.limits.min_size, self.limits.min_size)
+
+
+def _limits(manifest: Manifest, samplers: tuple[str, ...]) -> Limits:
+    """The manifest's limits, and what follows from the networks that there are."""
+    denoiser = manifest.denoiser
+    modes: tuple[str, ...] = MODES if manifest.has_encoder else MODES[:1]
+    if denoiser.extra_channels:
+        modes = ("inpaint",)
+    elif "aesthetic_score" in denoiser.time_ids:
+        # A refiner, which has learned nothing of the noisiest levels.
+        modes = MODES[1:]
+    return Limits(
+        samplers=samplers,
+        **manifest.limits,
+        latent_channels=manifest.latent_channels,
+        vae_scale_factor=manifest.vae_scale_factor,
+        modes=modes,
+        size_fields=denoiser.time_ids,
+        controlnets=tuple(manifest.controlnets),
+        loras=manifest.loras,
+        variants=tuple(manifest.variants),
+    )

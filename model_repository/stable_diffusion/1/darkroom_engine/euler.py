@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from darkroom_engine.schedule import NoiseSchedule
+from darkroom_engine.schedule import Schedule
 from darkroom_engine.solver import (
     NOISE,
     NUM_TERMS,
@@ -21,37 +21,34 @@ from darkroom_engine.solver import (
 class Euler:
     """Algorithm 2 of Karras et al. 2022 (arXiv:2206.00364) without churn, or its ancestral form.
 
-    The paper's sample is x / alpha here, and its sigma our ratio sigma / alpha. diffusers:
-    EulerDiscreteScheduler and EulerAncestralDiscreteScheduler.
+    The paper's sample is x / alpha here, and its sigma our ratio sigma / alpha; in x its step keeps
+    the noise that the sample says it has, on any schedule. diffusers: EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler and FlowMatchEulerDiscreteScheduler.
     """
 
     has_own_timesteps: ClassVar[bool] = False
     is_ancestral: bool = False
 
-    def table(self, schedule: NoiseSchedule, num_inference_steps: int) -> SolverTable:
-        # Fractions of timesteps, in float32, because that is what the UNet is told.
-        timesteps = schedule.one_step_timesteps(num_inference_steps).astype(np.float32)
-        levels = schedule.levels_at(timesteps.astype(np.float64))
-        alpha, ratio = levels.alpha, levels.ratios
-        start, end = ratio[:-1], ratio[1:]
+    def table(self, schedule: Schedule, num_inference_steps: int) -> SolverTable:
+        levels = schedule.one_step_levels(num_inference_steps)
+        alpha, sigma = levels.starts.T
+        end_alpha, end_sigma = levels.alpha[1:], levels.sigma[1:]
+        kept, fresh = end_sigma, np.zeros_like(end_sigma)
         if self.is_ancestral:
             # A step down to less noise than the end has, made up for with fresh noise.
-            up = end * np.sqrt(start**2 - end**2) / start
-            down = np.sqrt(end**2 - up**2)
-        else:
-            up, down = np.zeros_like(end), end
+            shrink = end_sigma / end_alpha * alpha / sigma
+            kept, fresh = end_sigma * shrink, end_sigma * np.sqrt(1 - shrink**2)
         advance = np.zeros((levels.num_steps, NUM_TERMS))
-        advance[:, SAMPLE] = alpha[1:] / alpha[:-1] * down / start
-        advance[:, PREDICTION] = alpha[1:] * (1 - down / start)
-        advance[:, NOISE] = alpha[1:] * up
-        largest = ratio[0]
-        # What the spacing says about the start: noise alone, or noise on a vanishing picture.
-        initial = np.sqrt(largest**2 + 1) if schedule.timestep_spacing == "leading" else largest
+        # eps = (x_t - alpha x_0) / sigma
+        advance[:, SAMPLE] = kept / sigma
+        advance[:, PREDICTION] = end_alpha - kept * alpha / sigma
+        advance[:, NOISE] = fresh
         return SolverTable(
             timesteps=levels.timesteps,
+            levels=levels.starts,
             convert=x0_weights(levels, schedule.prediction_type),
             correct=uncorrected(levels.num_steps),
             advance=advance,
-            initial_scale=float(initial * alpha[0]),
+            initial_scale=1.0 if schedule.starts_with_unit_noise else float(sigma[0]),
             is_stochastic=self.is_ancestral,
         )

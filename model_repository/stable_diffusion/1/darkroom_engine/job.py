@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from darkroom_engine.canvas import Canvas
 from darkroom_engine.errors import Cancelled, EngineError
 from darkroom_engine.request import ImageRequest
 
@@ -60,6 +61,10 @@ class Job:
         self.listener = listener
         self._on_end = on_end
         self.notes: list[str] = []
+        self.is_held = False
+        """Whether its samples wait for what they start from."""
+        self.canvas: Canvas | None = None
+        """What its samples start from, once it is there; see `canvas`."""
         self.submitted_at = time.monotonic()
         self.started_at: float | None = None
         # Set by the engine, counted in UNet calls since it started.
@@ -72,6 +77,12 @@ class Job:
         self._lock = threading.Lock()
         self._is_over = False
         self._pictures: dict[int, bytes] = {}
+        self._nsfw: dict[int, bool] = {}
+
+    @property
+    def needs_canvas(self) -> bool:
+        """Whether there are pictures to be prepared before it can start."""
+        return self.request.start is not None or bool(self.request.controls)
 
     @property
     def is_over(self) -> bool:
@@ -84,11 +95,18 @@ class Job:
         timeout_ms = self.request.timeout_ms
         return None if timeout_ms is None else self.submitted_at + timeout_ms / 1000
 
-    def deliver(self, index: int, picture: bytes, info: dict[str, Any]) -> None:
-        """Hand in picture `index`; the last one sends the answer, with `info` added to its info."""
+    def deliver(
+        self, index: int, picture: bytes, info: dict[str, Any], is_nsfw: bool | None = None
+    ) -> None:
+        """Hand in picture `index`; the last one sends the answer, with `info` added to its info.
+
+        `is_nsfw` is what a safety checker said of it, None if there is none.
+        """
         request = self.request
         with self._lock:
             self._pictures[index] = picture
+            if is_nsfw is not None:
+                self._nsfw[index] = is_nsfw
             is_last = len(self._pictures) == request.num_images_per_prompt
         if not is_last:
             return
@@ -99,6 +117,7 @@ class Job:
                 seeds=[request.seed + index for index in order],
                 info={
                     **info,
+                    **self._checked(order),
                     "num_inference_steps": request.num_inference_steps,
                     "queue_steps": self.started_step - self.submitted_step,
                     "notes": self.notes,
@@ -106,6 +125,11 @@ class Job:
                 },
             )
         )
+
+    def _checked(self, order: range) -> dict[str, Any]:
+        if not self._nsfw:
+            return {}
+        return {"nsfw_content_detected": [self._nsfw[index] for index in order]}
 
     def fail(self, error: EngineError) -> None:
         self._finish(error)

@@ -47,6 +47,7 @@ class LCM:
         advance[:, NOISE] = levels.sigma[1:]
         return SolverTable(
             timesteps=levels.timesteps,
+            levels=levels.starts,
             convert=x0_weights(levels, schedule.prediction_type),
             correct=uncorrected(levels.num_steps),
             advance=advance,

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 2
+FORMAT = 3
+VAE_DECODER = "vae_decoder"
+VAE_ENCODER = "vae_encoder"
 
 
 class ManifestError(Exception):
@@ -30,26 +32,79 @@ class NetworkRecord:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """One of the denoiser's inputs that ControlNets feed."""
+
+    name: str
+    channels: int
+    divisor: int
+    """Of the latents' height and width."""
+
+    def shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        _, height, width = latent_shape
+        # A convolution of stride 2 rounds up.
+        return (self.channels, -(-height // self.divisor), -(-width // self.divisor))
+
+
+@dataclass(frozen=True)
+class DenoiserRecord:
+    """How the network is called that predicts noise: a UNet, or a transformer."""
+
+    network: str
+    sample: str
+    """The input that takes the latents."""
+    output: str
+    extra_channels: int
+    """Of a mask and the latents of a masked picture, which a checkpoint for inpainting takes."""
+    time_ids: tuple[str, ...]
+    """The fields of a request that its input `time_ids` holds; empty if it has no such input."""
+    guidance_embedding_size: int
+    """Of its input `timestep_cond`; 0 if it has none, and guidance takes a second row."""
+    residuals: tuple[Residual, ...]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "DenoiserRecord":
+        residuals = tuple(Residual(**record) for record in config["residuals"])
+        return cls(**{**config, "time_ids": tuple(config["time_ids"]), "residuals": residuals})
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What was exported, from what, and how far it is from PyTorch."""
 
     directory: Path
     name: str
     family: str
+    precision: str
     sha256: str
     """Of the manifest itself, hence of all it names: it identifies the served model."""
     networks: Mapping[str, NetworkRecord]
     latent_channels: int
     vae_scale_factor: int
     vae_scaling_factor: float
+    vae_shift_factor: float
     preview_matrix: NDArray[np.float32]
     """(C, 3): with `preview_bias`, (3,), the colours in [-1, 1] that a latent of the denoising loop
     is about to become, latents @ matrix + bias."""
     preview_bias: NDArray[np.float32]
     noise_schedule: Mapping[str, Any]
     solver: Mapping[str, Any]
-    tokenizer: Mapping[str, Any]
+    text: Mapping[str, Any]
+    """How prompts become conditioning, see `PromptEncoder`."""
+    denoiser: DenoiserRecord
+    controlnets: Mapping[str, str]
+    """The network of each ControlNet by the name that requests give it."""
+    loras: tuple[str, ...]
+    """The adapters that requests may mix, in the order in which the denoiser takes their scales."""
+    variants: Mapping[str, Mapping[str, str]]
+    """By name: which network takes the place of which."""
+    safety_checker: Mapping[str, Any] | None
     limits: Mapping[str, Any]
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether pictures can become latents."""
+        return VAE_ENCODER in self.networks
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
@@ -73,6 +128,7 @@ class Manifest:
                 directory=path.parent,
                 name=document["name"],
                 family=document["family"],
+                precision=document["precision"],
                 sha256=hashlib.sha256(raw).hexdigest(),
                 networks={
                     name: NetworkRecord(
@@ -87,11 +143,19 @@ class Manifest:
                 latent_channels=document["latents"]["channels"],
                 vae_scale_factor=document["latents"]["vae_scale_factor"],
                 vae_scaling_factor=document["latents"]["vae_scaling_factor"],
+                vae_shift_factor=document["latents"]["vae_shift_factor"],
                 preview_matrix=np.array(document["preview"]["matrix"], np.float32),
                 preview_bias=np.array(document["preview"]["bias"], np.float32),
                 noise_schedule=document["noise_schedule"],
                 solver=document["solver"],
-                tokenizer=document["tokenizer"],
+                text=document["text"],
+                denoiser=DenoiserRecord.from_config(document["denoiser"]),
+                controlnets={
+                    name: record["network"] for name, record in document["controlnets"].items()
+                },
+                loras=tuple(sorted(document["loras"])),
+                variants=document["variants"],
+                safety_checker=document["safety_checker"],
                 limits=document["limits"],
             )
         except json.JSONDecodeError as error:
@@ -110,6 +174,9 @@ class Manifest:
                 raise ManifestError(
                     f"preview: {name} is {array.tolist()}, not finite numbers of shape {shape}"
                 )
+        for name in self._named_networks():
+            if name not in self.networks:
+                raise ManifestError(f"{name}: named, but not among the networks")
         for name, network in self.networks.items():
             # Written so that an error that is not a number counts as unverified too.
             if not network.error <= network.tolerance:
@@ -128,3 +195,14 @@ class Manifest:
                         f"{name}: {path} is not the file that was verified "
                         f"(sha256 {actual[:12]}, manifest {expected[:12]})"
                     )
+
+    def _named_networks(self) -> Iterator[str]:
+        yield self.denoiser.network
+        yield VAE_DECODER
+        yield from (encoder["network"] for encoder in self.text["encoders"])
+        yield from self.controlnets.values()
+        for replaced in self.variants.values():
+            yield from replaced
+            yield from replaced.values()
+        if self.safety_checker:
+            yield self.safety_checker["network"]

@@ -1,7 +1,7 @@
 """The seam to the networks: the only file that knows how they are run."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -9,94 +9,70 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darkroom_engine.errors import NetworkFailed, NotYetAllowed
-from darkroom_engine.manifest import Manifest
-from darkroom_engine.sample import Conditioning
 
 Array = NDArray[Any]
 
+Shape = tuple[int, int, int]
+"""(C, h, w) of latents."""
+
+Conditioning = dict[str, NDArray[np.float32]]
+"""What the denoiser is told besides the sample and the timestep, one row, by input name."""
+
 
 class Networks(Protocol):
-    """The three networks of latent diffusion. Each call raises NetworkFailed if it cannot answer.
+    """The networks of a checkpoint, by name. Any thread may call, while others are in a call."""
 
-    `decode` may be called while another thread is in one of the other calls.
-    """
-
-    def wait_until_ready(self, timeout_s: float, is_given_up: Callable[[], bool]) -> None:
-        """Return when all networks can be called; NetworkFailed names the one that cannot.
+    def wait_until_ready(
+        self, networks: Sequence[str], timeout_s: float, is_given_up: Callable[[], bool]
+    ) -> None:
+        """Return when all of these can be called; NetworkFailed names the one that cannot.
 
         `is_given_up` is asked again and again, and ends the waiting at once.
         """
 
-    def encode(self, input_ids: NDArray[np.int64], clip_skip: int) -> Conditioning:
-        """Token ids (B, 77) to conditioning inputs of the UNet, each (B, 77, ...).
+    def run(
+        self, network: str, inputs: Mapping[str, Array], outputs: Sequence[str]
+    ) -> list[NDArray[np.float32]]:
+        """The outputs of a call.
 
-        `clip_skip` of the text encoder's last layers are left out, but for the last normalisation.
+        Args:
+            inputs: by name, each of B rows: (B, ...), or (B,) where a row is one number.
+            outputs: the names of those that are wanted.
+
+        Raises:
+            NetworkFailed: it cannot answer.
         """
-
-    def denoise(
-        self, sample: NDArray[np.float32], timestep: NDArray[np.float32], conditioning: Conditioning
-    ) -> NDArray[np.float32]:
-        """Sample (R, C, H, W), timestep (R,), conditioning (R, ...) to output (R, C, H, W).
-
-        The hidden states of the conditioning may have any length, in multiples of 77.
-        """
-
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Latents (B, C, H, W) as the VAE scales them to pixels (B, 3, 8H, 8W) in [-1, 1]."""
 
 
 class TritonNetworks:
     """Networks that are Triton models of any backend, called by BLS from the model `caller`."""
 
-    def __init__(self, pb_utils: ModuleType, caller: str, manifest: Manifest) -> None:
+    def __init__(self, pb_utils: ModuleType, caller: str, prefix: str = "") -> None:
+        """`prefix` is what Triton's names of the networks begin with, in this server."""
         self._pb_utils = pb_utils
         self._caller = caller
-        self._manifest = manifest
+        self._prefix = prefix
 
-    def wait_until_ready(self, timeout_s: float, is_given_up: Callable[[], bool]) -> None:
+    def wait_until_ready(
+        self, networks: Sequence[str], timeout_s: float, is_given_up: Callable[[], bool]
+    ) -> None:
         # Triton refuses BLS while the server starts, and while the calling model itself loads.
         # It tells nobody when that is over, so that there is nothing to do but to ask again.
         give_up_at = time.monotonic() + timeout_s
-        for model in (*self._manifest.networks, self._caller):
+        for model in (*(self._prefix + network for network in networks), self._caller):
             while not self._is_ready(model):
                 if is_given_up() or time.monotonic() > give_up_at:
                     raise NetworkFailed(model, f"not ready within {timeout_s:g} s")
                 time.sleep(0.05)
 
-    def encode(self, input_ids: NDArray[np.int64], clip_skip: int) -> Conditioning:
-        inputs = {"input_ids": input_ids}
-        if clip_skip:
-            # (B, layers + 1, 77, C), the last of them `last_hidden_state`.
-            layers = self._run("text_encoder", inputs, "hidden_states")
-            hidden = layers[:, -(clip_skip + 1)]
-        else:
-            hidden = self._run("text_encoder", inputs, "last_hidden_state")
-        return {"encoder_hidden_states": hidden}
-
-    def denoise(
-        self, sample: NDArray[np.float32], timestep: NDArray[np.float32], conditioning: Conditioning
-    ) -> NDArray[np.float32]:
-        # Triton counts the batch apart from a tensor's own dimensions, of which timestep has one.
-        inputs = {"sample": sample, "timestep": timestep[:, None], **conditioning}
-        return self._run("unet", inputs, "out_sample")
-
-    def decode(self, latents: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._run("vae_decoder", {"latent_sample": latents}, "sample")
-
-    def _is_ready(self, model: str) -> bool:
-        try:
-            return bool(self._pb_utils.is_model_ready(model))
-        except self._pb_utils.TritonModelException:
-            return False
-
-    def _run(self, network: str, inputs: dict[str, Array], output: str) -> NDArray[np.float32]:
+    def run(
+        self, network: str, inputs: Mapping[str, Array], outputs: Sequence[str]
+    ) -> list[NDArray[np.float32]]:
         pb_utils = self._pb_utils
         request = pb_utils.InferenceRequest(
-            model_name=network,
-            requested_output_names=[output],
-            inputs=[
-                pb_utils.Tensor(name, np.ascontiguousarray(array)) for name, array in inputs.items()
-            ],
+            model_name=self._prefix + network,
+            requested_output_names=list(outputs),
+            inputs=[pb_utils.Tensor(name, _for_triton(array)) for name, array in inputs.items()],
         )
         try:
             response = request.exec()
@@ -104,9 +80,19 @@ class TritonNetworks:
             raise _failure(network, str(error)) from error
         if response.has_error():
             raise _failure(network, response.error().message())
-        (tensor,) = response.output_tensors()
-        array: NDArray[np.float32] = tensor.as_numpy()
-        return array
+        arrays = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+        return [arrays[name] for name in outputs]
+
+    def _is_ready(self, model: str) -> bool:
+        try:
+            return bool(self._pb_utils.is_model_ready(model))
+        except self._pb_utils.TritonModelException:
+            return False
+
+
+def _for_triton(array: Array) -> Array:
+    # Triton counts the batch apart from a tensor's own dimensions, of which there is one at least.
+    return np.ascontiguousarray(array[:, None] if array.ndim == 1 else array)
 
 
 def _failure(network: str, problem: str) -> NetworkFailed:

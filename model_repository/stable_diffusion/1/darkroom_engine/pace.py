@@ -3,7 +3,7 @@
 import threading
 from math import prod
 
-from darkroom_engine.sample import Shape
+from darkroom_engine.networks import Shape
 
 _MEMORY = 0.98
 """Of what earlier steps weigh, each new one leaves this much."""

@@ -1,4 +1,4 @@
-"""Pixels to encoded pictures that carry their provenance."""
+"""Pixels to encoded pictures that carry their provenance, and pictures to pixels."""
 
 import base64
 import json
@@ -20,8 +20,27 @@ _RARE: dict[str, Any] = {
     "timestep_spacing": None,
     "clip_skip": 0,
     "max_embeddings_multiples": 1,
+    "denoising_start": None,
+    "denoising_end": None,
+    "variant": None,
 }
 """Fields that the provenance names only where they differ from these."""
+
+
+def to_unit(picture: Image.Image, size: tuple[int, int]) -> NDArray[np.float32]:
+    """A picture at (width, height) as (3, H, W) in 0 to 1, as diffusers brings it to a size."""
+    return _unit(picture.resize(size, Image.Resampling.LANCZOS).convert("RGB"))
+
+
+def to_mask(picture: Image.Image, size: tuple[int, int]) -> NDArray[np.float32]:
+    """(1, H, W), 1 where the picture is bright and 0 elsewhere."""
+    grey = _unit(picture.resize(size, Image.Resampling.LANCZOS).convert("L"))
+    return (grey >= 0.5).astype(np.float32)
+
+
+def _unit(picture: Image.Image) -> NDArray[np.float32]:
+    levels = np.asarray(picture, np.float32).reshape(picture.height, picture.width, -1)
+    return np.ascontiguousarray(levels.transpose(2, 0, 1)) / np.float32(255)
 
 
 def to_uint8(pixels: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -61,7 +80,7 @@ def provenance(request: ImageRequest, seed: int, model: str, engine: str) -> dic
     rare = {name: getattr(request, name) for name in _RARE}
     return {
         "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
+        "negative_prompt": request.negative_prompt or "",
         "num_inference_steps": request.num_inference_steps,
         "sampler": request.sampler,
         "guidance_scale": request.guidance_scale,
@@ -69,9 +88,30 @@ def provenance(request: ImageRequest, seed: int, model: str, engine: str) -> dic
         "width": request.width,
         "height": request.height,
         **{name: value for name, value in rare.items() if value != _RARE[name]},
+        **_inputs(request),
         "model": model,
         "engine": engine,
     }
+
+
+def encode_latents(latents: NDArray[np.float32]) -> bytes:
+    """(C, h, w) as the bytes of a .npy file, which a request may take as its `image`."""
+    buffer = BytesIO()
+    np.save(buffer, latents, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _inputs(request: ImageRequest) -> dict[str, Any]:
+    """What a picture was made with besides text and numbers; not the pictures themselves."""
+    inputs: dict[str, Any] = {}
+    if request.start is not None:
+        inputs["mode"] = "img2img" if request.start.mask is None else "inpaint"
+        inputs["strength"] = request.start.strength
+    if request.controls:
+        inputs["controlnets"] = {control.name: control.scale for control in request.controls}
+    if request.loras:
+        inputs["loras"] = dict(request.loras)
+    return inputs
 
 
 def _infotext(facts: dict[str, Any]) -> str:

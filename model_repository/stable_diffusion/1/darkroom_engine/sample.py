@@ -5,15 +5,20 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from darkroom_engine.canvas import Canvas
 from darkroom_engine.job import Job
+from darkroom_engine.networks import Conditioning, Shape
 from darkroom_engine.noise import GaussianNoise
-from darkroom_engine.solver import SAMPLE, SolverTable
+from darkroom_engine.solver import SAMPLE, SolverTable, initial_state
+from darkroom_engine.vae import Posterior
 
-Shape = tuple[int, int, int]
-"""(C, H / 8, W / 8) of latents."""
 
-Conditioning = dict[str, NDArray[np.float32]]
-"""What the UNet is told besides the sample and the timestep, one row, by input name."""
+@dataclass(frozen=True)
+class Group:
+    """All that two samples must share to share a call of the denoiser."""
+
+    network: str
+    shape: Shape
 
 
 @dataclass(eq=False, repr=False)
@@ -24,8 +29,9 @@ class Sample:
     index: int
     """Which of the request's pictures."""
     table: SolverTable
-    latent_shape: Shape
-    """All that two samples must share to share a UNet call."""
+    group: Group
+    guided_steps: range
+    """The steps, counted from 0, at which classifier-free guidance is on."""
     step: int = 0
     """Steps done."""
     is_started: bool = False
@@ -34,6 +40,57 @@ class Sample:
     state: NDArray[np.float32] = field(init=False)
     conditional: Conditioning = field(init=False)
     unconditional: Conditioning = field(init=False)
+    extra_channels: NDArray[np.float32] | None = None
+    """(C', h, w) that the denoiser takes after the latents: a mask, and what it leaves."""
+    kept: "KeptParts | None" = None
+    """What of the starting picture is to stay as it is."""
+    control_images: tuple[NDArray[np.float32], ...] = ()
+    """(3, H, W) for each ControlNet of the request."""
+    lora_scale: NDArray[np.float32] | None = None
+    """(K,) of all adapters; None if it uses none."""
+
+    @property
+    def latent_shape(self) -> Shape:
+        return self.group.shape
+
+    def begin(self, canvas: Canvas) -> None:
+        """Draw its noise, and set what it starts with.
+
+        The order of the draws is that of diffusers' pipelines, so that a seed means the same
+        picture there and here: first for the latents of the starting picture, of which the VAE's
+        encoder gives a distribution, then for the noise on them, then for those of the picture
+        without what is to be made.
+        """
+        request, table = self.job.request, self.table
+        self.noise = GaussianNoise(self.seed)
+        start = request.start
+        if start is None or canvas.image is None:
+            self.state = initial_state(self._draw(), table)
+            return
+        # What was left half done goes on as it is.
+        adds_noise = request.denoising_start is None
+        is_noise_alone = canvas.mask is not None and start.strength == 1 and adds_noise
+        image = noise = np.zeros(self.latent_shape, np.float32)
+        if not (is_noise_alone and canvas.masked is not None):
+            image = self._drawn(canvas.image)
+        if adds_noise or canvas.mask is not None:
+            noise = self._draw()
+        self.state = initial_state(noise, table)
+        if not adds_noise:
+            self.state[SAMPLE] = image
+        elif not is_noise_alone:
+            alpha, sigma = table.levels[0].astype(np.float32)
+            self.state[SAMPLE] = alpha * image + sigma * noise
+        if canvas.mask is None:
+            return
+        if isinstance(canvas.image, Posterior):
+            # diffusers draws these in any case.
+            masked_noise = self._draw()
+            if canvas.masked is not None:
+                masked = canvas.masked.draw(masked_noise)
+                self.extra_channels = np.concatenate([canvas.mask, masked])
+                return
+        self.kept = KeptParts(canvas.mask, image, noise)
 
     @property
     def seed(self) -> int:
@@ -42,7 +99,7 @@ class Sample:
     @property
     def is_guided(self) -> bool:
         """Whether the next step takes the unconditional prediction too."""
-        return self.step in self.job.request.guided_steps
+        return self.step in self.guided_steps
 
     @property
     def num_rows(self) -> int:
@@ -52,13 +109,20 @@ class Sample:
     @property
     def num_row_steps(self) -> int:
         """Rows of all steps that are left."""
-        guided = self.job.request.guided_steps
+        guided = self.guided_steps
         first = max(guided.start, self.step)
         return self.num_steps_left + max(0, guided.stop - first)
 
     @property
     def num_steps_left(self) -> int:
         return self.table.num_steps - self.step
+
+    @property
+    def active_controls(self) -> list[int]:
+        """Which of the request's ControlNets have a say in the next step, as diffusers counts."""
+        first, last = self.step / self.table.num_steps, (self.step + 1) / self.table.num_steps
+        controls = self.job.request.controls
+        return [n for n, it in enumerate(controls) if first >= it.start and last <= it.end]
 
     @property
     def timestep(self) -> float:
@@ -73,3 +137,28 @@ class Sample:
         """The current x_t, (C, H / 8, W / 8)."""
         latents: NDArray[np.float32] = self.state[SAMPLE]
         return latents
+
+    def _draw(self) -> NDArray[np.float32]:
+        return self.noise.draw(self.latent_shape)
+
+    def _drawn(self, image: Posterior | NDArray[np.float32]) -> NDArray[np.float32]:
+        return image.draw(self._draw()) if isinstance(image, Posterior) else image
+
+
+@dataclass(frozen=True)
+class KeptParts:
+    """The parts of a picture that inpainting leaves alone, at any noise level."""
+
+    mask: NDArray[np.float32]
+    """(1, h, w), 1 where there is something to be made."""
+    latents: NDArray[np.float32]
+    noise: NDArray[np.float32]
+
+    def put_back(self, sample: Sample) -> None:
+        """Into the sample after a step, as noisy as the sample is at the next one.
+
+        diffusers' inpainting of checkpoints that were not trained for it.
+        """
+        alpha, sigma = (1.0, 0.0) if sample.is_finished else sample.table.levels[sample.step]
+        noisy = np.float32(alpha) * self.latents + np.float32(sigma) * self.noise
+        sample.state[SAMPLE] = (1 - self.mask) * noisy + self.mask * sample.state[SAMPLE]

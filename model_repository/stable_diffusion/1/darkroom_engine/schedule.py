@@ -2,12 +2,13 @@
 
 Variance-preserving notation of DPM-Solver (Lu et al. 2022, arXiv:2206.00927): a noisy sample is
 x_t = alpha_t x_0 + sigma_t eps, and lambda_t = log(alpha_t / sigma_t). The "k-diffusion" noise
-level of other papers is the ratio sigma_t / alpha_t.
+level of other papers is the ratio sigma_t / alpha_t. A schedule of flow matching is not variance
+preserving, but of the same form: its alpha_t is 1 - sigma_t.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,27 +29,27 @@ class NoiseLevels:
 
     timesteps: Floats
     """(S,) what the UNet is told at each step."""
-    ratios: Floats
-    """(S + 1,) sigma / alpha at each step and at the end, descending; the end may be 0."""
+    alpha: Floats
+    """(S + 1,) how much of x_0 is in a sample, at each step and at the end, ascending."""
+    sigma: Floats
+    """(S + 1,) how much noise is in it, descending; the end may be 0."""
 
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
 
     @property
-    def alpha(self) -> Floats:
-        alpha: Floats = 1 / np.sqrt(self.ratios**2 + 1)
-        return alpha
-
-    @property
-    def sigma(self) -> Floats:
-        return self.ratios * self.alpha
+    def starts(self) -> Floats:
+        """(S, 2) alpha and sigma at the start of each step."""
+        starts: Floats = np.stack([self.alpha, self.sigma], axis=1)[:-1]
+        return starts
 
     @property
     def log_snr(self) -> Floats:
         """lambda; +inf where the end is free of noise."""
         with np.errstate(divide="ignore"):
-            return -np.log(self.ratios)
+            log_snr: Floats = np.log(self.alpha / self.sigma)
+        return log_snr
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,15 @@ class NoiseSchedule:
         """Read the manifest's `noise_schedule`."""
         return cls(**{**config, "train_sigmas": tuple(config["train_sigmas"])})
 
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.train_sigmas)
+
+    @property
+    def starts_with_unit_noise(self) -> bool:
+        """Whether Euler's method starts from noise of size 1, rather than of its first level's."""
+        return self.timestep_spacing == "leading"
+
     def levels(
         self, num_inference_steps: int, *, use_karras_sigmas: bool, final_sigmas_type: str
     ) -> NoiseLevels:
@@ -99,18 +109,19 @@ class NoiseSchedule:
             timesteps = self._spaced_timesteps(num_inference_steps)
             visited = np.interp(timesteps, np.arange(len(ratios)), ratios)
 
-        if final_sigmas_type == "zero":
-            final = 0.0
-        elif final_sigmas_type == "sigma_min":
-            final = visited[-1] if use_karras_sigmas else ratios[0]
-        else:
-            raise ValueError(f"final_sigmas_type: {final_sigmas_type!r} is not zero or sigma_min")
-        return _noise_levels(timesteps, visited, final)
+        least = visited[-1] if use_karras_sigmas else ratios[0]
+        return _preserving_levels(timesteps, visited, _final(final_sigmas_type, least))
+
+    def one_step_levels(self, num_inference_steps: int) -> NoiseLevels:
+        """The noise levels of Euler's method."""
+        # Fractions of timesteps, in float32, because that is what the UNet is told.
+        timesteps = self.one_step_timesteps(num_inference_steps).astype(np.float32)
+        return self.levels_at(timesteps.astype(np.float64))
 
     def levels_at(self, timesteps: Floats) -> NoiseLevels:
         """The noise levels of given timesteps, descending, and an end free of noise."""
         visited = np.interp(timesteps, np.arange(len(self.train_sigmas)), self.train_sigmas)
-        return _noise_levels(timesteps, visited, 0.0)
+        return _preserving_levels(timesteps, visited, 0.0)
 
     def one_step_timesteps(self, num_inference_steps: int) -> Floats:
         """The timesteps of a one-step solver such as Euler or DDIM, descending, not rounded.
@@ -150,7 +161,81 @@ class NoiseSchedule:
         return np.arange(total, 0, -total / count).round()[:count] - 1
 
 
-def _noise_levels(timesteps: Floats, visited: Floats, final: float) -> NoiseLevels:
-    # Rounded to float32 for the same reason as train_sigmas.
-    ratios = np.append(visited, final).astype(np.float32).astype(np.float64)
-    return NoiseLevels(timesteps=timesteps.astype(np.float64), ratios=ratios)
+@dataclass(frozen=True)
+class FlowSchedule:
+    """The schedule of a rectified flow (Liu et al. 2022, arXiv:2209.03003); names as in diffusers.
+
+    The network predicts the velocity eps - x_0. Equation 23 of Esser et al. 2024 (arXiv:2403.03206)
+    shifts evenly spaced levels towards noise.
+    """
+
+    shift: float
+    num_train_timesteps: int
+    prediction_type: str = "flow_prediction"
+    starts_with_unit_noise: ClassVar[bool] = True
+
+    def levels(
+        self, num_inference_steps: int, *, use_karras_sigmas: bool, final_sigmas_type: str
+    ) -> NoiseLevels:
+        """The noise levels of UniPC. Its first step has next to no x_0, rather than none."""
+        if use_karras_sigmas:
+            raise ValueError("use_karras_sigmas: a flow schedule has no Karras levels")
+        least = 1 / self.num_train_timesteps
+        sigma = self._shifted(np.linspace(1, least, num_inference_steps + 1)[:-1])
+        if abs(sigma[0] - 1) < 1e-6:
+            sigma[0] -= 1e-6
+        return self._whole_timesteps(sigma, _final(final_sigmas_type, sigma[-1]))
+
+    def dpm_levels(self, num_inference_steps: int) -> NoiseLevels:
+        """The noise levels of DPM-Solver++. Its first step is one training timestep below noise."""
+        kept = np.linspace(1, 1 / self.num_train_timesteps, num_inference_steps + 1)
+        return self._whole_timesteps(self._shifted(1 - kept)[:0:-1], 0.0)
+
+    def one_step_levels(self, num_inference_steps: int) -> NoiseLevels:
+        """The noise levels of Euler's method, from noise alone."""
+        total = self.num_train_timesteps
+        # The ends are shifted as those of the training schedule, in float32, and then as visited.
+        first, last = self._shifted(np.array([total, 1], np.float32) / np.float32(total)).tolist()
+        spaced = np.linspace(first * total, last * total, num_inference_steps) / total
+        sigma = self._shifted(spaced).astype(np.float32)
+        return _flow_levels(sigma * np.float32(total), sigma, 0.0)
+
+    def _whole_timesteps(self, sigma: Floats, final: float) -> NoiseLevels:
+        return _flow_levels(np.trunc(sigma * self.num_train_timesteps), sigma, final)
+
+    def _shifted(self, sigma: NDArray[Any]) -> NDArray[Any]:
+        return self.shift * sigma / (1 + (self.shift - 1) * sigma)
+
+
+Schedule = NoiseSchedule | FlowSchedule
+
+
+def schedule_from_config(config: Mapping[str, Any]) -> Schedule:
+    """Read the manifest's `noise_schedule`, whose `prediction_type` says of which kind it is."""
+    if config["prediction_type"] == "flow_prediction":
+        return FlowSchedule(**config)
+    return NoiseSchedule.from_config(config)
+
+
+def _final(final_sigmas_type: str, least: float) -> float:
+    if final_sigmas_type == "zero":
+        return 0.0
+    if final_sigmas_type == "sigma_min":
+        return least
+    raise ValueError(f"final_sigmas_type: {final_sigmas_type!r} is not zero or sigma_min")
+
+
+def _preserving_levels(timesteps: Floats, ratios: Floats, final: float) -> NoiseLevels:
+    ratios = _rounded(ratios, final)
+    alpha = 1 / np.sqrt(ratios**2 + 1)
+    return NoiseLevels(timesteps.astype(np.float64), alpha=alpha, sigma=ratios * alpha)
+
+
+def _flow_levels(timesteps: NDArray[Any], sigma: NDArray[Any], final: float) -> NoiseLevels:
+    sigma = _rounded(sigma, final)
+    return NoiseLevels(timesteps.astype(np.float64), alpha=1 - sigma, sigma=sigma)
+
+
+def _rounded(visited: NDArray[Any], final: float) -> Floats:
+    # To float32, for the same reason as train_sigmas.
+    return np.append(visited, final).astype(np.float32).astype(np.float64)

@@ -4,18 +4,19 @@ import math
 from collections.abc import Callable, Iterable
 
 from darkroom_engine.errors import InvalidRequest, Overloaded
+from darkroom_engine.networks import Shape
 from darkroom_engine.pace import Pace
-from darkroom_engine.sample import Sample, Shape
+from darkroom_engine.sample import Group, Sample
 
 Order = Callable[[Sample], float]
 
 
 class Scheduler:
-    """The samples in flight, by latent shape; each turn some of one shape make a step.
+    """The samples in flight, by groups that share calls; each turn some of one make a step.
 
-    *Between shapes*, turns go round, so that none starves another.
+    *Between groups*, turns go round, so that none starves another.
 
-    *Within a shape*, every turn fills its rows afresh: one turn with those that came first, the
+    *Within a group*, every turn fills its rows afresh: one turn with those that came first, the
     next with those that have least left, and so on. By the first rule nobody is put off for ever;
     by the second a short sample does not wait for long ones, whose state simply waits. Where all
     are alike, or all fit, both choose the same, and nobody is interrupted. In both orders a level
@@ -37,8 +38,8 @@ class Scheduler:
         self._seconds_per_priority = seconds_per_priority
         self._pace = pace
         # Insertion order is the order of the turns: the group that ran is put back at the end.
-        self._groups: dict[Shape, list[Sample]] = {}
-        self._last_orders: dict[Shape, Order] = {}
+        self._groups: dict[Group, list[Sample]] = {}
+        self._last_orders: dict[Group, Order] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -51,7 +52,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._groups)
+        return any(not sample.job.is_held for sample in self.samples())
 
     def submit(self, samples: list[Sample]) -> None:
         """Take in all samples of a request, or none.
@@ -75,22 +76,23 @@ class Scheduler:
                 self._seconds_until_room(num_waiting + len(samples) - self._max_queue_size),
             )
         self._check_deadline(samples)
-        self._groups.setdefault(samples[0].latent_shape, []).extend(samples)
+        self._groups.setdefault(samples[0].group, []).extend(samples)
 
     def next_batch(self, now: float) -> list[Sample]:
-        """The next samples of the shape whose turn it is; empty if there are none.
+        """The next samples of the group whose turn it is; empty if there are none.
 
         `now` is on the clock of `time.monotonic`, seconds.
         """
-        if not self._groups:
+        able = {group: _able(samples) for group, samples in self._groups.items()}
+        group = next((group for group, samples in able.items() if samples), None)
+        if group is None:
             return []
-        shape = next(iter(self._groups))
-        group = self._groups[shape] = self._groups.pop(shape)
-        order = self._left if self._last_orders.get(shape) == self._arrival else self._arrival
-        self._last_orders[shape] = order
-        free = self._max_rows(shape)
+        self._groups[group] = self._groups.pop(group)
+        order = self._left if self._last_orders.get(group) == self._arrival else self._arrival
+        self._last_orders[group] = order
+        free = self._max_rows(group.shape)
         batch = []
-        for sample in sorted(group, key=lambda s: (self._slack_s(s, now) > 0, order(s))):
+        for sample in sorted(able[group], key=lambda s: (self._slack_s(s, now) > 0, order(s))):
             # One that does not fit leaves its place to a smaller one, for this step only: the next
             # turn of this order starts with it again.
             if sample.num_rows <= free:
@@ -99,10 +101,10 @@ class Scheduler:
         return batch
 
     def positions(self) -> dict[Sample, int]:
-        """For each sample that has not started, how many such of its shape came before it."""
+        """For each sample that has not started, how many such of its group came before it."""
         positions = {}
-        for group in self._groups.values():
-            waiting = sorted((s for s in group if not s.is_started), key=self._arrival)
+        for samples in self._groups.values():
+            waiting = sorted((s for s in samples if not s.is_started), key=self._arrival)
             positions.update({sample: n for n, sample in enumerate(waiting)})
         return positions
 
@@ -117,12 +119,12 @@ class Scheduler:
 
     def samples(self) -> list[Sample]:
         """All samples, in no order that means anything."""
-        return [sample for group in self._groups.values() for sample in group]
+        return [sample for samples in self._groups.values() for sample in samples]
 
     def _keep(self, wanted: Callable[[Sample], bool]) -> None:
-        groups = {shape: [*filter(wanted, group)] for shape, group in self._groups.items()}
-        self._groups = {shape: group for shape, group in groups.items() if group}
-        self._last_orders = {s: o for s, o in self._last_orders.items() if s in self._groups}
+        groups = {group: [*filter(wanted, samples)] for group, samples in self._groups.items()}
+        self._groups = {group: samples for group, samples in groups.items() if samples}
+        self._last_orders = {g: o for g, o in self._last_orders.items() if g in self._groups}
 
     def _arrival(self, sample: Sample) -> float:
         """When it came, or would have come by its priority, on the clock of `time.monotonic`."""
@@ -157,9 +159,9 @@ class Scheduler:
             return
         # Whichever order lets it through first. Where not all fit, each has every second step, and
         # those between may go to others that have not even come yet.
-        shape = samples[0].latent_shape
-        num_rows = sum(s.num_rows for s in (*samples, *others) if s.latent_shape == shape)
-        share = 1 if num_rows <= self._max_rows(shape) else 2
+        group = samples[0].group
+        num_rows = sum(s.num_rows for s in (*samples, *others) if s.group == group)
+        share = 1 if num_rows <= self._max_rows(group.shape) else 2
         needed_s = share * min(
             self._seconds_through(samples, others, order) for order in (self._arrival, self._left)
         )
@@ -175,8 +177,9 @@ class Scheduler:
 
         Those take rows of a turn, not turns: a long one leaves the other rows free.
         """
-        own, shape = order(samples[0]), samples[0].latent_shape
-        first = [o for o in others if o.latent_shape == shape and order(o) <= own]
+        own, group = order(samples[0]), samples[0].group
+        shape = group.shape
+        first = [o for o in others if o.group == group and order(o) <= own]
         num_own = sum(sample.num_row_steps for sample in samples)
         num_turns, enough = 0, samples[0].num_steps_left
         while num_turns < enough:
@@ -184,13 +187,13 @@ class Scheduler:
             num_row_steps = num_own + sum(_row_steps_within(num_turns, o) for o in first)
             enough = math.ceil(num_row_steps / self._max_rows(shape))
         seconds = self._pace.steps_s(shape, num_turns, num_row_steps)
-        # Other shapes have their turns, whatever the order.
-        for other_shape in {o.latent_shape for o in others} - {shape}:
-            group = [o for o in others if o.latent_shape == other_shape]
-            max_row_steps = num_turns * self._max_rows(other_shape)
-            row_steps = sum(_row_steps_within(num_turns, other) for other in group)
-            turns = min(num_turns, max(other.num_steps_left for other in group))
-            seconds += self._pace.steps_s(other_shape, turns, min(max_row_steps, row_steps))
+        # Other groups have their turns, whatever the order.
+        for other_group in {o.group for o in others} - {group}:
+            members = [o for o in others if o.group == other_group]
+            max_row_steps = num_turns * self._max_rows(other_group.shape)
+            row_steps = sum(_row_steps_within(num_turns, member) for member in members)
+            turns = min(num_turns, max(member.num_steps_left for member in members))
+            seconds += self._pace.steps_s(other_group.shape, turns, min(max_row_steps, row_steps))
         # Decoding goes on beside the steps, one after the other, and the last comes after them.
         decode_s = self._pace.decode_s(shape)
         num_before = len(first) + len(samples) - 1
@@ -212,3 +215,8 @@ def _row_steps_within(num_turns: int, sample: Sample) -> float:
     """Rows that a sample takes in so many turns, on average over its steps."""
     left = sample.num_steps_left
     return sample.num_row_steps * min(1.0, num_turns / left) if left else 0.0
+
+
+def _able(samples: list[Sample]) -> list[Sample]:
+    """Those that could make a step now."""
+    return [sample for sample in samples if not sample.job.is_held]

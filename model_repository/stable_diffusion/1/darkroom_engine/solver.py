@@ -3,11 +3,12 @@
 The state of a sample is a stack of latents, and `SolverTable` holds, for every step, the weights
 that turn this stack into the next one. Whatever the sampler, all rows of a batch then advance by
 the same gathered multiply-add (`advance`), each with the weights of its own step. Samples are kept
-in variance-preserving scale, x_t = alpha_t x_0 + sigma_t eps, whatever scale a paper uses.
+in the scale that the network was trained in, x_t = alpha_t x_0 + sigma_t eps, whatever scale a
+paper uses.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -31,6 +32,8 @@ class SolverTable:
 
     timesteps: Floats
     """(S,) what the UNet is told."""
+    levels: Floats
+    """(S, 2) alpha and sigma at the start of each step: there, x_0 is alpha x_0 + sigma noise."""
     convert: Floats
     """(S, 2) weights of (x_t, UNet output) in the prediction that the solver works with."""
     correct: Floats
@@ -59,6 +62,18 @@ class SolverTable:
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
+
+    def part(self, begin: int, end: int) -> "SolverTable":
+        """The table of the steps from `begin` up to `end`."""
+        return replace(
+            self,
+            timesteps=self.timesteps[begin:end],
+            levels=self.levels[begin:end],
+            convert=self.convert[begin:end],
+            correct=self.correct[begin:end],
+            advance=self.advance[begin:end],
+            preview=self.preview[begin:end],
+        )
 
 
 def initial_state(noise: NDArray[np.float32], table: SolverTable) -> NDArray[np.float32]:
@@ -126,11 +141,14 @@ def uncorrected(num_steps: int) -> Floats:
 
 def x0_weights(levels: NoiseLevels, prediction_type: str) -> Floats:
     """(S, 2) weights of (x_t, UNet output) in the x_0 that the output predicts."""
-    alpha, sigma = levels.alpha[:-1], levels.sigma[:-1]
-    weights = {
-        "epsilon": (1 / alpha, -sigma / alpha),
+    alpha, sigma = levels.starts.T
+    ones = np.ones_like(alpha)
+    if prediction_type == "epsilon":
+        return np.stack([1 / alpha, -sigma / alpha], axis=1)
+    if prediction_type == "v_prediction":
         # Salimans & Ho 2022 (arXiv:2202.00512): v = alpha eps - sigma x_0.
-        "v_prediction": (alpha, -sigma),
-        "sample": (np.zeros_like(alpha), np.ones_like(alpha)),
-    }
-    return np.stack(weights[prediction_type], axis=1)
+        return np.stack([alpha, -sigma], axis=1)
+    if prediction_type == "flow_prediction":
+        # v = eps - x_0, and alpha = 1 - sigma.
+        return np.stack([ones, -sigma], axis=1)
+    return np.stack([0 * ones, ones], axis=1)

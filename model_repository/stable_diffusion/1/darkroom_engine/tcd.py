@@ -46,7 +46,7 @@ class TCD:
         targets = np.floor(np.float32(1 - self.eta) * ends.astype(np.float32)).astype(np.float64)
         levels, end_levels, target_levels = map(schedule.levels_at, (timesteps, ends, targets))
 
-        alpha, sigma = levels.alpha[:-1], levels.sigma[:-1]
+        alpha, sigma = levels.starts.T
         alpha_s, sigma_s = target_levels.alpha[:-1], target_levels.sigma[:-1]
         back = end_levels.alpha[:-1] / alpha_s
         advance = np.zeros((levels.num_steps, NUM_TERMS))
@@ -56,6 +56,7 @@ class TCD:
         advance[:, NOISE] = np.sqrt(1 - back**2)
         return SolverTable(
             timesteps=timesteps,
+            levels=levels.starts,
             convert=x0_weights(levels, schedule.prediction_type),
             correct=uncorrected(levels.num_steps),
             advance=advance,

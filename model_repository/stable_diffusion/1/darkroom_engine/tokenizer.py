@@ -1,7 +1,7 @@
 """Prompts to token ids, without transformers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from darkroom_engine.weighting import parse_weights
 
 @dataclass(frozen=True)
 class Tokens:
-    """A prompt as N chunks of the length L that the text encoder reads, 77."""
+    """A prompt as N chunks of the length L that a text encoder reads, CLIP's 77."""
 
     ids: NDArray[np.int64]
     """(N, L), each row a text of its own: its begin, its tokens, its end, padding."""
@@ -29,45 +29,51 @@ class Tokens:
 
 
 class PromptTokenizer:
-    """CLIP's byte-pair tokenizer as the checkpoint configured it, for weighted and long prompts."""
+    """CLIP's or T5's tokenizer as the checkpoint configured it, for weighted and long prompts."""
 
     def __init__(
         self,
         path: Path,
         *,
         max_length: int,
-        bos_token_id: int,
+        bos_token_id: int | None,
         eos_token_id: int,
         pad_token_id: int,
     ) -> None:
+        """Read the file of the `tokenizers` library; `bos_token_id` is None if no text has one."""
         self._tokenizer = Tokenizer.from_file(str(path))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._max_length = max_length
-        self._bos = bos_token_id
+        self.max_length = max_length
+        self._begin = [] if bos_token_id is None else [bos_token_id]
         self._eos = eos_token_id
         self._pad = pad_token_id
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], directory: Path) -> "PromptTokenizer":
-        """Read the manifest's `tokenizer`; its `file` is relative to `directory`."""
+        """Read a `tokenizer` of the manifest; its `file` is relative to `directory`."""
         options = dict(config)
         return cls(directory / options.pop("file"), **options)
 
     def encode(self, text: str, max_chunks: int = 1) -> Tokens:
         """The tokens of a prompt, whose weights are written as `weighting` says.
 
+        Where a weight begins or ends, a word does, too: `c(at:1.2)` is read as `c (at:1.2)`.
+
         Raises:
             ValueError: a weight is out of range.
         """
         ids: list[int] = []
         weights: list[float] = []
-        for segment, weight in parse_weights(text):
-            # Apart, so that no token is of two weights.
-            found = self._tokenizer.encode(segment, add_special_tokens=False).ids
+        segments = parse_weights(text)
+        for number, (segment, weight) in enumerate(segments, start=1):
+            # Apart, so that no token is of two weights. T5 has a token for a blank that no word
+            # follows, which must not come of a blank before a parenthesis.
+            words = segment if number == len(segments) else segment.rstrip()
+            found = self._tokenizer.encode(words, add_special_tokens=False).ids
             ids += found
             weights += [weight] * len(found)
-        room = self._max_length - 2
+        room = self.max_length - len(self._begin) - 1  # its end
         num_kept = min(len(ids), max_chunks * room)
         # The empty prompt is a chunk too.
         starts = range(0, max(num_kept, 1), room)
@@ -78,9 +84,20 @@ class PromptTokenizer:
             num_cut=len(ids) - num_kept,
         )
 
+    def extend(self, tokens: Tokens, num_chunks: int) -> Tokens:
+        """The same with empty prompts behind it, to so many chunks in all."""
+        num_missing = num_chunks - len(tokens.ids)
+        empty = self.encode("")
+        return replace(
+            tokens,
+            ids=np.concatenate([tokens.ids, *[empty.ids] * num_missing]),
+            weights=np.concatenate([tokens.weights, *[empty.weights] * num_missing]),
+        )
+
     def _framed(self, ids: list[int]) -> list[int]:
-        framed = [self._bos, *ids, self._eos]
-        return framed + [self._pad] * (self._max_length - len(framed))
+        framed = [*self._begin, *ids, self._eos]
+        return framed + [self._pad] * (self.max_length - len(framed))
 
     def _aligned(self, weights: list[float]) -> list[float]:
-        return [1.0, *weights] + [1.0] * (self._max_length - 1 - len(weights))
+        aligned = [1.0] * len(self._begin) + weights
+        return aligned + [1.0] * (self.max_length - len(aligned))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from darkroom_engine.schedule import Floats, NoiseLevels, NoiseSchedule
+from darkroom_engine.schedule import Floats, NoiseLevels, Schedule
 from darkroom_engine.solver import (
     LAST,
     MAX_ORDER,
@@ -38,6 +38,8 @@ class UniPC:
     disable_corrector: tuple[int, ...] = ()
     use_karras_sigmas: bool = False
     final_sigmas_type: str = "zero"
+    begin_index: int = 0
+    """The step that a run begins with, which has no history; the rows before it mean nothing."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.solver_order <= MAX_ORDER:
@@ -49,7 +51,7 @@ class UniPC:
     def has_own_timesteps(self) -> bool:
         return self.use_karras_sigmas
 
-    def table(self, schedule: NoiseSchedule, num_inference_steps: int) -> SolverTable:
+    def table(self, schedule: Schedule, num_inference_steps: int) -> SolverTable:
         """The coefficients of `num_inference_steps` steps on `schedule`.
 
         Raises:
@@ -64,8 +66,8 @@ class UniPC:
         correct = np.zeros((num_steps, NUM_TERMS))
         advance = np.zeros((num_steps, NUM_TERMS))
         order = 0
-        for step in range(num_steps):
-            if step > 0 and step - 1 not in self.disable_corrector:
+        for step in range(self.begin_index, num_steps):
+            if step > self.begin_index and step - 1 not in self.disable_corrector:
                 # The corrector redoes the step that led here, with the order of that step.
                 update = self._update(levels, step - 1, order, corrector=True)
                 correct[step, LAST] = update.sample
@@ -79,6 +81,7 @@ class UniPC:
             advance[step, PREDICTION : PREDICTION + order] += update.predictions
         return SolverTable(
             timesteps=levels.timesteps,
+            levels=levels.starts,
             convert=self._convert(levels, schedule.prediction_type),
             correct=correct,
             advance=advance,
@@ -89,7 +92,7 @@ class UniPC:
         order = self.solver_order
         if self.lower_order_final:
             order = min(order, num_steps - step)
-        return min(order, step + 1)
+        return min(order, step - self.begin_index + 1)
 
     def _convert(self, levels: NoiseLevels, prediction_type: str) -> Floats:
         """(S, 2) weights of (x_t, output) in x_0 if `predict_x0`, else in eps."""
