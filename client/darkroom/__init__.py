@@ -19,8 +19,11 @@ from darkroom.exceptions import (
     ServerError,
     ServerUnavailable,
 )
+from darkroom.latents import Latents
+from darkroom.model_info import ModelInfo
+from darkroom.options import Options
 from darkroom.picture import Picture
-from darkroom.protocol import Options
+from darkroom.uploads import PictureSource
 
 __all__ = [
     "AsyncClient",
@@ -31,8 +34,11 @@ __all__ = [
     "Event",
     "EventStream",
     "InvalidRequest",
+    "Latents",
+    "ModelInfo",
     "Options",
     "Picture",
+    "PictureSource",
     "Preview",
     "QueueFull",
     "Queued",

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, overload
 
 import grpc
 import grpc.aio
@@ -19,8 +19,11 @@ from darkroom.exceptions import (
     RequestCancelled,
     ServerError,
 )
+from darkroom.latents import Latents
+from darkroom.model_info import ModelInfo
+from darkroom.options import Options
 from darkroom.picture import Picture
-from darkroom.protocol import Options, Request
+from darkroom.protocol import Request
 from darkroom.transport import CHANNEL_OPTIONS, grpc_error, split_url
 
 
@@ -57,6 +60,21 @@ class AsyncClient:
         )
         return answers.parse(await self._infer(request, self._timeout_s(timeout)))
 
+    async def generate_latents(
+        self,
+        prompt: str,
+        *,
+        num_images_per_prompt: int = 1,
+        request_id: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109  gRPC's own deadline, which the server sees
+        **options: Unpack[Options],
+    ) -> list[Latents]:
+        """A list of `num_images_per_prompt` latents; otherwise as `Client.generate_latents`."""
+        request = protocol.latents_request(
+            self._model, prompt, num_images_per_prompt, request_id, options
+        )
+        return answers.parse_latents(await self._infer(request, self._timeout_s(timeout)))
+
     def stream(
         self,
         prompt: str,
@@ -88,6 +106,16 @@ class AsyncClient:
         """Cancel a request that waits or runs, whoever sent it, as `Client.cancel`."""
         request = protocol.cancel_request(self._model, request_id)
         return answers.parse_cancelled(await self._infer(request, self._quick_timeout_s()))
+
+    @overload
+    async def info(self, model: None = ...) -> list[ModelInfo]: ...
+    @overload
+    async def info(self, model: str) -> ModelInfo: ...
+    async def info(self, model: str | None = None) -> ModelInfo | list[ModelInfo]:
+        """What the server tells of a model, or of all that it has, as `Client.info`."""
+        request = protocol.info_request(model)
+        result = await self._infer(request, self._quick_timeout_s())
+        return answers.parse_models(result) if model is None else answers.parse_model(result)
 
     async def is_ready(self) -> bool:
         """Whether the server answers and has the model loaded."""

@@ -14,6 +14,8 @@ from tritonclient.grpc import InferResult
 
 from darkroom.events import Done, Event, Preview, Queued, Step
 from darkroom.exceptions import DarkroomError, ServerError, from_message, from_status
+from darkroom.latents import Latents
+from darkroom.model_info import ModelInfo
 from darkroom.picture import Picture
 from darkroom.protocol import FIELDS
 
@@ -21,6 +23,7 @@ ENDED_EARLY = "the stream ended before the pictures came"
 CLOSED = "closed before the pictures came"
 _ENCODED = ("image", "preview")
 """The outputs that are base64 text in JSON."""
+_CHECKED = "nsfw_content_detected"
 
 
 def from_grpc(message: Any) -> InferResult:
@@ -102,16 +105,42 @@ def parse(result: Any) -> list[Picture]:
         ServerError: the answer is not one of a Darkroom server.
     """
     with _reading():
-        encoded = result.as_numpy("image")
-        seeds = result.as_numpy("seed")
-        info = json.loads(result.as_numpy("info")[0])
-        pictures = [
-            Picture.from_bytes(data, int(seed), info)
-            for data, seed in zip(encoded, seeds, strict=True)
-        ]
-        if not pictures:
-            raise ValueError("no picture")
-    return pictures
+        return [Picture.from_bytes(*made) for made in _made(result)]
+
+
+def parse_latents(result: Any) -> list[Latents]:
+    """The latents of an `InferResult`.
+
+    Raises:
+        ServerError: the answer is not one of a Darkroom server.
+    """
+    with _reading():
+        return [Latents.from_bytes(*made) for made in _made(result)]
+
+
+def parse_models(result: Any) -> list[ModelInfo]:
+    """The models of an `InferResult`.
+
+    Raises:
+        ServerError: the answer is not one of a Darkroom server.
+    """
+    with _reading():
+        models = json.loads(result.as_numpy("models")[0])
+        if not isinstance(models, list) or not all(isinstance(it, dict) for it in models):
+            raise TypeError("no list of models")
+        return [ModelInfo.from_raw(raw) for raw in models]
+
+
+def parse_model(result: Any) -> ModelInfo:
+    """The one model of an `InferResult`.
+
+    Raises:
+        ServerError: the answer is not one of a Darkroom server, or tells of more models or none.
+    """
+    models = parse_models(result)
+    with _reading():
+        (model,) = models
+    return model
 
 
 def parse_event(result: Any) -> Event | None:
@@ -143,6 +172,24 @@ def parse_cancelled(result: Any) -> bool:
     """
     with _reading():
         return bool(result.as_numpy("cancelled")[0])
+
+
+def _made(result: Any) -> list[tuple[bytes, int, dict[str, Any]]]:
+    """What was made: the file, its seed, and what is told of the request and of this one."""
+    encoded = result.as_numpy("image")
+    seeds = result.as_numpy("seed")
+    info = json.loads(result.as_numpy("info")[0])
+    if not isinstance(info, dict):
+        raise TypeError("info is not an object")
+    # Told only where there is a safety checker.
+    checked = info.get(_CHECKED) or [None] * len(encoded)
+    made = [
+        (data, int(seed), {**info, _CHECKED: is_unsafe})
+        for data, seed, is_unsafe in zip(encoded, seeds, checked, strict=True)
+    ]
+    if not made:
+        raise ValueError("nothing was made")
+    return made
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The `darkroom` command."""
 
 import argparse
+import json
 import math
 import re
 import signal
@@ -12,18 +13,21 @@ from typing import Any
 
 from PIL import Image
 
-from darkroom import __version__
+from darkroom import __version__, protocol, scaled
 from darkroom.client import Client
 from darkroom.events import Done, Preview
 from darkroom.exceptions import DarkroomError, QueueFull, RequestTimeout
+from darkroom.model_text import model_text
+from darkroom.options import Options
 from darkroom.picture import Picture
 from darkroom.probe import probe
 from darkroom.progress import terminal_progress
-from darkroom.protocol import Options
 from darkroom.step_line import StepLine
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+DENOISING_END = 0.8
+"""Where a base model leaves off for its refiner, as in diffusers' examples of SDXL."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_generate(commands)
+    _add_info(commands)
     _add_cancel(commands)
     _add_serve(commands)
     _add_probe(commands)
@@ -59,6 +64,7 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("prompt")
     parser.add_argument("-o", "--output", type=Path, default=Path("picture.png"), metavar="FILE")
     parser.add_argument("--url", default="localhost:8001", help="default: %(default)s, gRPC")
+    _add_model(parser)
     parser.add_argument("--negative-prompt")
     parser.add_argument("--num-inference-steps", type=int, metavar="N")
     parser.add_argument("--guidance-scale", type=float, metavar="X")
@@ -81,6 +87,42 @@ def _add_generate(commands: Any) -> None:
         help="read prompts of up to N times 77 tokens",
     )
     parser.add_argument(
+        "--num-images", type=_count, metavar="N", help="save N pictures, FILE-0, FILE-1 and so on"
+    )
+    parser.add_argument("--image", metavar="FILE", help="a picture to start from")
+    parser.add_argument(
+        "--mask-image", metavar="FILE", help="white where --image is painted anew, else black"
+    )
+    parser.add_argument(
+        "--strength", type=float, metavar="X", help="0 to 1, how much --image may change"
+    )
+    parser.add_argument(
+        "--control",
+        type=scaled.control,
+        action="append",
+        default=[],
+        metavar="NAME=FILE[:SCALE]",
+        help="a ControlNet and the picture it follows; may be repeated",
+    )
+    parser.add_argument(
+        "--lora",
+        type=scaled.adapter,
+        action="append",
+        default=[],
+        metavar="NAME[:SCALE]",
+        help="an adapter to mix in; may be repeated",
+    )
+    parser.add_argument("--variant", metavar="NAME", help="a variant of the checkpoint")
+    parser.add_argument(
+        "--refiner", metavar="MODEL", help="a model of the same server that makes the last steps"
+    )
+    parser.add_argument(
+        "--denoising-end",
+        type=float,
+        metavar="X",
+        help=f"0 to 1, where the refiner takes over; default: {DENOISING_END}",
+    )
+    parser.add_argument(
         "--preview",
         type=Path,
         metavar="FILE",
@@ -91,10 +133,27 @@ def _add_generate(commands: Any) -> None:
     parser.set_defaults(run=_generate)
 
 
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default=protocol.MODEL,
+        help="which of the server's models to ask, see `darkroom info`; default: %(default)s",
+    )
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser("info", help="tell what a server's models are and can do")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="all of them if left out")
+    parser.add_argument("--url", default="localhost:8001", help="default: %(default)s, gRPC")
+    parser.add_argument("--json", action="store_true", help="all that the server says, as JSON")
+    parser.set_defaults(run=_info)
+
+
 def _add_cancel(commands: Any) -> None:
     parser = commands.add_parser("cancel", help="cancel a request that waits or runs")
     parser.add_argument("request_id", metavar="REQUEST_ID")
     parser.add_argument("--url", default="localhost:8001", help="default: %(default)s, gRPC")
+    _add_model(parser)
     parser.set_defaults(run=_cancel)
 
 
@@ -161,21 +220,43 @@ def _add_random_checkpoint(commands: Any) -> None:
     parser = commands.add_parser(
         "random-checkpoint", help="make a checkpoint with random weights, to test with"
     )
-    parser.add_argument("architecture", metavar="ARCHITECTURE", help="sd15 or tiny-sd15")
+    parser.add_argument(
+        "architecture",
+        metavar="ARCHITECTURE",
+        help="sd15, sd21, sdxl, tiny-sd15, tiny-sdxl, tiny-sd3 ...; an unknown one lists all",
+    )
     parser.add_argument("directory", type=Path, metavar="FOLDER")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=_random_checkpoint)
 
 
 def _generate(options: argparse.Namespace) -> int:
+    if options.denoising_end is not None and options.refiner is None:
+        raise DarkroomError("--denoising-end: needs --refiner, to go on from there")
     # Refused before the work, not after it.
-    output: Path = options.output
-    for file in filter(None, (output, options.preview)):
+    outputs = _outputs(options.output, options.num_images)
+    for file in filter(None, (*outputs, options.preview)):
         _check_picture_file(file)
-    with Client(options.url) as client:
-        picture = _ask(client, options)
-    for note in picture.notes:
+    with Client(options.url, model=options.model) as client:
+        if options.refiner is None:
+            pictures = _ask(client, options, _fields(options), options.num_images)
+        else:
+            pictures = _ask_both(client, options, _fields(options))
+    for note in dict.fromkeys(note for picture in pictures for note in picture.notes):
         print(f"note: {note}", file=sys.stderr)
+    for output, picture in zip(outputs, pictures, strict=True):
+        _save(picture, output)
+        print(f"{output}: {picture.width}x{picture.height}, seed {picture.seed}")
+    return 0
+
+
+def _outputs(output: Path, num_images: int | None) -> list[Path]:
+    if num_images is None or num_images == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{index}") for index in range(num_images)]
+
+
+def _save(picture: Picture, output: Path) -> None:
     try:
         if output.suffix.lower() == ".png":
             # As it came, with the provenance that the server wrote into it.
@@ -184,8 +265,6 @@ def _generate(options: argparse.Namespace) -> int:
             picture.save(output)
     except (OSError, ValueError) as error:
         raise DarkroomError(f"{output}: {error}") from None
-    print(f"{options.output}: {picture.width}x{picture.height}, seed {picture.seed}")
-    return 0
 
 
 def _check_picture_file(path: Path) -> None:
@@ -197,7 +276,7 @@ def _check_picture_file(path: Path) -> None:
         raise DarkroomError(f"{path}: no picture format has the suffix {path.suffix!r}")
 
 
-def _ask(client: Client, options: argparse.Namespace) -> Picture:
+def _fields(options: argparse.Namespace) -> Options:
     fields: Options = {
         "negative_prompt": options.negative_prompt,
         "num_inference_steps": options.num_inference_steps,
@@ -213,17 +292,94 @@ def _ask(client: Client, options: argparse.Namespace) -> Picture:
         "timestep_spacing": options.timestep_spacing,
         "clip_skip": options.clip_skip,
         "max_embeddings_multiples": options.max_embeddings_multiples,
+        "image": options.image,
+        "mask_image": options.mask_image,
+        "strength": options.strength,
+        "variant": options.variant,
     }
+    if options.control:
+        fields["controlnet"] = [control.name for control in options.control]
+        fields["control_image"] = [control.file for control in options.control]
+        fields["controlnet_conditioning_scale"] = scaled.scales(options.control)
+    if options.lora:
+        fields["lora"] = [adapter.name for adapter in options.lora]
+        fields["lora_scale"] = scaled.scales(options.lora)
+    return fields
+
+
+def _ask_both(base: Client, options: argparse.Namespace, fields: Options) -> list[Picture]:
+    """What the refiner makes of what the base model begins."""
+    denoising_end = DENOISING_END if options.denoising_end is None else options.denoising_end
+    fields["denoising_end"] = denoising_end
+    with terminal_progress("generating"):
+        begun = base.generate_latents(
+            options.prompt,
+            num_images_per_prompt=options.num_images or 1,
+            request_id=options.request_id,
+            timeout=options.timeout,
+            **fields,
+        )
+    pictures = []
+    with Client(options.url, model=options.refiner) as refiner:
+        for latents in begun:
+            refined: Options = {
+                **fields,
+                **_OF_THE_BASE_ALONE,
+                "image": latents,
+                "denoising_start": denoising_end,
+                "seed": latents.seed,
+            }
+            pictures += _ask(refiner, options, refined, None, "refining")
+    return pictures
+
+
+_OF_THE_BASE_ALONE: Options = {
+    # The latents have the size.
+    "width": None,
+    "height": None,
+    "mask_image": None,
+    "strength": None,
+    "controlnet": None,
+    "control_image": None,
+    "controlnet_conditioning_scale": None,
+    "lora": None,
+    "lora_scale": None,
+    "variant": None,
+    "denoising_end": None,
+}
+
+
+def _ask(
+    client: Client,
+    options: argparse.Namespace,
+    fields: Options,
+    num_images: int | None,
+    task: str = "generating",
+) -> list[Picture]:
     if options.preview is None and not sys.stderr.isatty():
         # Nobody watches, and what is not streamed may come out of the server's response cache.
-        with terminal_progress("generating"):
+        with terminal_progress(task):
+            if num_images is None:
+                return [
+                    client.generate(
+                        options.prompt,
+                        request_id=options.request_id,
+                        timeout=options.timeout,
+                        **fields,
+                    )
+                ]
             return client.generate(
-                options.prompt, request_id=options.request_id, timeout=options.timeout, **fields
+                options.prompt,
+                num_images_per_prompt=num_images,
+                request_id=options.request_id,
+                timeout=options.timeout,
+                **fields,
             )
     with (
-        StepLine("generating") as line,
+        StepLine(task) as line,
         client.stream(
             options.prompt,
+            num_images_per_prompt=num_images,
             preview_interval=None if options.preview is None else 1,
             request_id=options.request_id,
             timeout=options.timeout,
@@ -232,10 +388,11 @@ def _ask(client: Client, options: argparse.Namespace) -> Picture:
     ):
         for event in events:
             line.tell(event)
-            if isinstance(event, Preview):
+            # One file can show one of several pictures.
+            if isinstance(event, Preview) and event.index == 0:
                 _replace_picture(options.preview, event.image)
             if isinstance(event, Done):
-                return event.pictures[0]
+                return event.pictures
     raise AssertionError("this is a bug: a stream ends with Done or an error")
 
 
@@ -250,8 +407,21 @@ def _replace_picture(path: Path, image: Image.Image) -> None:
         raise DarkroomError(f"{path}: {error}") from None
 
 
-def _cancel(options: argparse.Namespace) -> int:
+def _info(options: argparse.Namespace) -> int:
     with Client(options.url) as client:
+        models = client.info() if options.model is None else [client.info(options.model)]
+    if options.json:
+        said = [dict(model.raw) for model in models]
+        print(json.dumps(said if options.model is None else said[0], indent=2))
+    elif models:
+        print("\n\n".join(model_text(model) for model in models))
+    else:
+        print(f"{options.url} serves no model")
+    return 0
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    with Client(options.url, model=options.model) as client:
         if not client.cancel(options.request_id):
             raise DarkroomError(f"{options.request_id}: no such request is waiting or running")
     print(f"{options.request_id}: cancelled")
@@ -354,6 +524,12 @@ def _bytes(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512KB, 64MB or 1GB")
     return int(match[1]) * {"KB": 2**10, "MB": 2**20, "GB": 2**30}[match[2]]
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _seconds(text: str) -> float:

@@ -7,8 +7,10 @@ from typing import Self, Unpack, overload
 from darkroom import answers, protocol
 from darkroom.events import Done, Event
 from darkroom.exceptions import DarkroomError, RequestCancelled, ServerError
+from darkroom.latents import Latents
+from darkroom.model_info import ModelInfo
+from darkroom.options import Options
 from darkroom.picture import Picture
-from darkroom.protocol import Options
 from darkroom.transport import Call, open_transport
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -83,6 +85,48 @@ class Client:
         pictures = answers.parse(result)
         return pictures[0] if num_images_per_prompt is None else pictures
 
+    @overload
+    def generate_latents(
+        self,
+        prompt: str,
+        *,
+        request_id: str | None = ...,
+        timeout: float | None = ...,
+        **options: Unpack[Options],
+    ) -> Latents: ...
+    @overload
+    def generate_latents(
+        self,
+        prompt: str,
+        *,
+        num_images_per_prompt: int,
+        request_id: str | None = ...,
+        timeout: float | None = ...,
+        **options: Unpack[Options],
+    ) -> list[Latents]: ...
+    def generate_latents(
+        self,
+        prompt: str,
+        *,
+        num_images_per_prompt: int | None = None,
+        request_id: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[Options],
+    ) -> Latents | list[Latents]:
+        """As `generate`, without decoding: latents, from which another call goes on.
+
+        So SDXL's refiner makes the last steps of what its base model began:
+
+        >>> latents = base.generate_latents("a lion", denoising_end=0.8)         # doctest: +SKIP
+        >>> refiner.generate("a lion", image=latents, denoising_start=0.8)       # doctest: +SKIP
+        """
+        request = protocol.latents_request(
+            self._model, prompt, num_images_per_prompt, request_id, options
+        )
+        result = self._transport.infer(request, self._timeout if timeout is None else timeout)
+        latents = answers.parse_latents(result)
+        return latents[0] if num_images_per_prompt is None else latents
+
     def stream(
         self,
         prompt: str,
@@ -136,6 +180,24 @@ class Client:
         request = protocol.cancel_request(self._model, request_id)
         result = self._transport.infer(request, min(self._timeout, QUICK_TIMEOUT_S))
         return answers.parse_cancelled(result)
+
+    @overload
+    def info(self, model: None = ...) -> list[ModelInfo]: ...
+    @overload
+    def info(self, model: str) -> ModelInfo: ...
+    def info(self, model: str | None = None) -> ModelInfo | list[ModelInfo]:
+        """What the server tells of a model, or of all that it has.
+
+        Args:
+            model: as `Client` takes it.
+
+        Raises:
+            InvalidRequest: the server has no such model.
+            DarkroomError: the server cannot be asked.
+        """
+        request = protocol.info_request(model)
+        result = self._transport.infer(request, min(self._timeout, QUICK_TIMEOUT_S))
+        return answers.parse_models(result) if model is None else answers.parse_model(result)
 
     def is_ready(self) -> bool:
         """Whether the server answers and has the model loaded."""

@@ -18,6 +18,8 @@ class Picture(Image.Image):
     model: str
     notes: list[str]
     """What the server wants known, for instance that the prompt was truncated."""
+    nsfw_content_detected: bool | None
+    """What the server's safety checker found; None if it has none, or one that is off."""
     encoded: bytes
     """The file as the server sent it, with its provenance."""
 
@@ -37,6 +39,7 @@ class Picture(Image.Image):
         picture.queue_steps = info["queue_steps"]
         picture.model = info["model"]
         picture.notes = info["notes"]
+        picture.nsfw_content_detected = info.get("nsfw_content_detected")
         picture.encoded = encoded
         return picture
 
@@ -51,4 +54,7 @@ class Picture(Image.Image):
             setattr(self, name, facts[name])
 
 
-_FACTS = ("seed", "timings", "queue_steps", "model", "notes", "encoded")
+_FACTS = (
+    *("seed", "timings", "queue_steps", "model", "notes"),
+    *("nsfw_content_detected", "encoded"),
+)

@@ -1,22 +1,32 @@
 """What is asked, as Triton's messages: pure functions that both clients share."""
 
+import base64
 import json
 import secrets
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
+from darkroom import uploads
 from darkroom.exceptions import InvalidRequest
+from darkroom.options import Options
+from darkroom.per_name import as_list, with_lists
 
 MODEL = "stable_diffusion"
 STREAM_SUFFIX = "_stream"
 CANCEL_SUFFIX = "_cancel"
+INFO_MODEL = "darkroom"
+"""Tells of all models of a server."""
 OUTPUTS = ("image", "seed", "info")
 CANCEL_OUTPUTS = ("cancelled",)
+INFO_OUTPUTS = ("models",)
+LATENT = "latent"
+"""The output format that is no picture's."""
 
 _INPUTS: dict[str, tuple[str, Any]] = {
     "prompt": ("BYTES", np.object_),
@@ -35,53 +45,48 @@ _INPUTS: dict[str, tuple[str, Any]] = {
     "clip_skip": ("INT32", np.int32),
     "max_embeddings_multiples": ("INT32", np.int32),
     "num_images_per_prompt": ("INT32", np.int32),
+    "image": ("BYTES", np.object_),
+    "mask_image": ("BYTES", np.object_),
+    "strength": ("FP32", np.float32),
+    "denoising_start": ("FP32", np.float32),
+    "denoising_end": ("FP32", np.float32),
+    "original_size": ("INT32", np.int32),
+    "crops_coords_top_left": ("INT32", np.int32),
+    "target_size": ("INT32", np.int32),
+    "aesthetic_score": ("FP32", np.float32),
+    "negative_aesthetic_score": ("FP32", np.float32),
+    "controlnet": ("BYTES", np.object_),
+    "control_image": ("BYTES", np.object_),
+    "controlnet_conditioning_scale": ("FP32", np.float32),
+    "control_guidance_start": ("FP32", np.float32),
+    "control_guidance_end": ("FP32", np.float32),
+    "lora": ("BYTES", np.object_),
+    "lora_scale": ("FP32", np.float32),
+    "variant": ("BYTES", np.object_),
     "priority": ("INT32", np.int32),
     "timeout_ms": ("INT32", np.int32),
     "output_format": ("BYTES", np.object_),
 }
 _STREAM_INPUTS = {**_INPUTS, "preview_interval": ("INT32", np.int32)}
 _CANCEL_INPUTS = {"request_id": ("BYTES", np.object_)}
-FIELDS = frozenset({*_STREAM_INPUTS, *_CANCEL_INPUTS, "image", "mask_image", "strength"})
+_INFO_INPUTS = {"model": ("BYTES", np.object_)}
+_DIMS = {
+    "original_size": 2,
+    "crops_coords_top_left": 2,
+    "target_size": 2,
+    "controlnet": -1,
+    "control_image": -1,
+    "controlnet_conditioning_scale": -1,
+    "control_guidance_start": -1,
+    "control_guidance_end": -1,
+    "lora": -1,
+    "lora_scale": -1,
+}
+"""How many values an input has, -1 for any number, where that is not one."""
+_PICTURE_MODES = {"image": "RGB", "mask_image": "L", "control_image": "RGB"}
+"""The inputs that are pictures, and as what PIL images travel."""
+FIELDS = frozenset({*_STREAM_INPUTS, *_CANCEL_INPUTS, *_INFO_INPUTS})
 """What the server's message begins with if a field is wrong."""
-
-
-class Options(TypedDict, total=False):
-    """The optional parameters of a request; names and meanings are diffusers'."""
-
-    negative_prompt: str | None
-    num_inference_steps: int | None
-    guidance_scale: float | None
-    """Above 1, classifier-free guidance is on, and the picture takes twice the work."""
-    guidance_rescale: float | None
-    """0 to 1: how far the guided prediction is brought back to the contrast of the unguided one."""
-    guidance_start: float | None
-    """0 to 1: the share of the steps that run unguided before guidance begins; 0 if left out."""
-    guidance_stop: float | None
-    """0 to 1: the share of the steps after which guidance ends; 1 if left out.
-
-    Steps without guidance take half the work.
-    """
-    seed: int | None
-    """0 to 2**63 - 1; left out, the client chooses one, and the picture tells which."""
-    width: int | None
-    """Pixels."""
-    height: int | None
-    """Pixels."""
-    sampler: str | None
-    eta: float | None
-    """0 to 1: how much fresh noise each step adds, for the samplers "ddim" and "tcd"."""
-    timestep_spacing: str | None
-    """"linspace", "leading" or "trailing": which of the checkpoint's noise levels are used."""
-    clip_skip: int | None
-    """How many of the text encoder's last layers are passed over; 0 if left out."""
-    max_embeddings_multiples: int | None
-    """1 to 4: how many times 77 tokens of the prompt are read; 1 if left out."""
-    priority: int | None
-    """-10 to 10, larger goes first."""
-    timeout_ms: int | None
-    """After this time the server gives up on the request."""
-    output_format: str | None
-    """"png", "jpeg" or "webp", as which the picture travels."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Request:
     request_id: str
     """Triton's id of the request, by which it can be cancelled; empty for none."""
     inputs: dict[str, np.ndarray[Any, Any]]
-    """Each of shape [1] and of its input's type; texts are objects, as UTF-8."""
+    """Each of its input's type and of one dimension; texts are objects, as UTF-8."""
     outputs: tuple[str, ...] = ()
     """Empty for all."""
 
@@ -113,6 +118,23 @@ def generate_request(
     chosen = fields(prompt, num_images_per_prompt, options)
     chosen_id = uuid.uuid4().hex if request_id is None else _checked_id(request_id)
     return Request(model, chosen_id, _arrays(chosen, _INPUTS), OUTPUTS)
+
+
+def latents_request(
+    model: str,
+    prompt: str,
+    num_images_per_prompt: int | None,
+    request_id: str | None,
+    options: Options,
+) -> Request:
+    """The request for latents; raises as `generate_request` does."""
+    chosen: Options = {**options}
+    output_format = chosen.pop("output_format", None)
+    if output_format not in (None, LATENT):
+        raise InvalidRequest(f"output_format: {output_format!r} is for pictures, leave it out")
+    request = generate_request(model, prompt, num_images_per_prompt, request_id, chosen)
+    inputs = {**request.inputs, **_arrays({"output_format": LATENT}, _INPUTS)}
+    return replace(request, inputs=inputs)
 
 
 def stream_request(request: Request, preview_interval: int | None) -> Request:
@@ -136,6 +158,16 @@ def cancel_request(model: str, request_id: str) -> Request:
     return Request(model + CANCEL_SUFFIX, "", inputs, CANCEL_OUTPUTS)
 
 
+def info_request(model: str | None) -> Request:
+    """The request to tell of a model, or of all.
+
+    Raises:
+        InvalidRequest: the model's name is no text.
+    """
+    chosen = {} if model is None else {"model": model}
+    return Request(INFO_MODEL, "", _arrays(chosen, _INFO_INPUTS), INFO_OUTPUTS)
+
+
 def fields(prompt: str, num_images_per_prompt: int | None, options: Options) -> dict[str, Any]:
     """The fields of a request, without those left out; the seed is chosen here if it was not.
 
@@ -144,17 +176,19 @@ def fields(prompt: str, num_images_per_prompt: int | None, options: Options) -> 
 
     Raises:
         TypeError: there is no such option.
-        InvalidRequest: an output format that is not a picture's.
+        InvalidRequest: an output format that is not a picture's, or lists that do not fit.
     """
     unknown = sorted(set(options) - set(_INPUTS))
     if unknown:
         raise TypeError(f"{unknown[0]!r} is not an option, there are {', '.join(_INPUTS)}")
     if options.get("output_format") == "b64_png":
         raise InvalidRequest("output_format: 'b64_png' is for JSON endpoints, use png")
+    if options.get("output_format") == LATENT:
+        raise InvalidRequest("output_format: 'latent' is no picture, use generate_latents")
     given = {"num_images_per_prompt": num_images_per_prompt, **options}
     chosen = {name: value for name, value in given.items() if value is not None}
     chosen.setdefault("seed", secrets.randbits(32))
-    return {"prompt": prompt, **chosen}
+    return {"prompt": prompt, **with_lists(chosen)}
 
 
 def to_grpc(request: Request) -> Any:
@@ -171,46 +205,65 @@ def to_grpc(request: Request) -> Any:
 
 
 def to_json(request: Request) -> bytes:
-    """The body for Triton's generate endpoints, which take pictures as base64 text alone.
+    """The body for Triton's generate endpoints, where pictures are base64 text, both ways.
 
     Raises:
         InvalidRequest: a picture of another format than PNG, or a number that JSON has not.
     """
-    values = {name: array.item() for name, array in request.inputs.items()}
-    body = {
-        name: value.decode() if isinstance(value, bytes) else value
-        for name, value in values.items()
-    }
+    body = {name: _json_value(name, array) for name, array in request.inputs.items()}
     output_format = body.get("output_format", "png")
     if output_format != "png":
         raise InvalidRequest(f"output_format: {output_format!r} is not for HTTP streams, use png")
-    for name, value in body.items():
+    return json.dumps({"id": request.request_id, **body, "output_format": "b64_png"}).encode()
+
+
+def _json_value(name: str, array: np.ndarray[Any, Any]) -> Any:
+    values = array.tolist()
+    for value in values:
         if isinstance(value, float) and not np.isfinite(value):
             raise InvalidRequest(f"{name}: {value} is not a finite number")
-    return json.dumps({"id": request.request_id, **body, "output_format": "b64_png"}).encode()
+    if name in _PICTURE_MODES:
+        values = [base64.b64encode(value) for value in values]
+    values = [value.decode() if isinstance(value, bytes) else value for value in values]
+    return values if name in _DIMS else values[0]
 
 
 def _checked_id(request_id: str) -> str:
     if not isinstance(request_id, str) or not request_id:
         raise InvalidRequest(f"request_id: {request_id!r} is not a text of one character or more")
-    _array("request_id", request_id, np.object_)
+    _text("request_id", request_id)
     return request_id
 
 
 def _arrays(
-    chosen: dict[str, Any], inputs: dict[str, tuple[str, Any]]
+    chosen: Mapping[str, Any], inputs: Mapping[str, tuple[str, Any]]
 ) -> dict[str, np.ndarray[Any, Any]]:
     return {name: _array(name, value, inputs[name][1]) for name, value in chosen.items()}
 
 
 def _array(name: str, value: Any, dtype: Any) -> np.ndarray[Any, Any]:
+    num_values = _DIMS.get(name, 1)
+    values = [value] if num_values == 1 else as_list(value)
+    if num_values > 1 and len(values) != num_values:
+        raise InvalidRequest(f"{name}: {value!r} is not {num_values} whole numbers")
+    if name in _PICTURE_MODES:
+        mode = _PICTURE_MODES[name]
+        return np.array([uploads.encode(name, it, mode) for it in values], np.object_)
     if dtype is np.object_:
-        if not isinstance(value, str):
-            raise InvalidRequest(f"{name}: {value!r} is not a text")
-        try:
-            return np.array([value.encode()], np.object_)
-        except UnicodeEncodeError:  # half of a surrogate pair
-            raise InvalidRequest(f"{name}: {value!r} is not a text") from None
+        return np.array([_text(name, it) for it in values], np.object_)
+    return np.array([_number(name, it, dtype) for it in values], dtype)
+
+
+def _text(name: str, value: Any) -> bytes:
+    try:
+        if isinstance(value, str):
+            return value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        pass
+    raise InvalidRequest(f"{name}: {value!r} is not a text")
+
+
+def _number(name: str, value: Any, dtype: Any) -> Any:
     is_whole = np.issubdtype(dtype, np.integer)
     try:
         number = int(value) if is_whole else float(value)
@@ -224,4 +277,4 @@ def _array(name: str, value: Any, dtype: Any) -> np.ndarray[Any, Any]:
     if not fits:
         expected = f"a whole {dtype.__name__}" if is_whole else "a number"
         raise InvalidRequest(f"{name}: {value!r} is not {expected}")
-    return array
+    return array[0]

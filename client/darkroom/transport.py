@@ -175,7 +175,9 @@ class HttpTransport:
         client = self._open(timeout)
         inputs = []
         for name, array in request.inputs.items():
-            tensor = self._triton.InferInput(name, [1], np_to_triton_dtype(array.dtype))
+            tensor = self._triton.InferInput(
+                name, list(array.shape), np_to_triton_dtype(array.dtype)
+            )
             tensor.set_data_from_numpy(array)
             inputs.append(tensor)
         outputs = [self._triton.InferRequestedOutput(name) for name in request.outputs]

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from fake_triton import Arrays, Failure, FakeTriton, narrate, paint, tell
+from fake_triton import Arrays, Failure, FakeTriton, encode_latents, narrate, paint, tell
 
 from darkroom import (
     AsyncClient,
@@ -60,6 +60,21 @@ def test_several_pictures(triton: FakeTriton) -> None:
     assert triton.requests == [{"prompt": "a cat", "seed": 7, "num_images_per_prompt": 3}]
 
 
+def test_another_call_goes_on_from_latents(triton: FakeTriton) -> None:
+    async def ask(client: AsyncClient) -> None:
+        begun = await client.generate_latents(
+            "a cat", seed=7, num_images_per_prompt=2, denoising_end=0.75
+        )
+        await client.generate("a cat", seed=8, image=begun[1], denoising_start=0.75)
+        (alone,) = await client.generate_latents("a cat", seed=7)
+        assert alone.to_bytes() == begun[0].to_bytes()
+
+    run(triton.grpc_url, ask)
+    first, second, _ = triton.requests
+    assert (first["output_format"], first["denoising_end"]) == ("latent", 0.75)
+    assert (second["image"], second["denoising_start"]) == (encode_latents(8), 0.75)
+
+
 def test_requests_run_at_the_same_time(triton: FakeTriton) -> None:
     """Each waits in the server until all have come."""
     triton.gate.clear()
@@ -99,6 +114,10 @@ def test_what_is_wrong_by_itself_is_not_sent(triton: FakeTriton) -> None:
         run(triton.grpc_url, lambda client: client.generate("a cat", width="wide"))
     with pytest.raises(TypeError, match="'steps' is not an option"):
         run(triton.grpc_url, lambda client: client.generate("a cat", steps=4))
+    with pytest.raises(InvalidRequest, match=r"^image: no-such\.png: No such file"):
+        run(triton.grpc_url, lambda client: client.generate("a cat", image="no-such.png"))
+    with pytest.raises(InvalidRequest, match="output_format: 'png' is for pictures"):
+        run(triton.grpc_url, lambda client: client.generate_latents("", output_format="png"))
 
     assert triton.requests == []
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_triton import INFO, encode_picture, paint, tell, to_json
+from fake_triton import (
+    INFO,
+    MODEL_INFO,
+    encode_latents,
+    encode_picture,
+    paint,
+    tell,
+    to_json,
+)
 from PIL import Image
 from tritonclient.grpc import InferResult, service_pb2
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
@@ -31,6 +39,9 @@ from darkroom.answers import (
     parse,
     parse_cancelled,
     parse_event,
+    parse_latents,
+    parse_model,
+    parse_models,
     server_sent_events,
 )
 
@@ -64,6 +75,56 @@ def test_an_answer_becomes_pictures_in_order() -> None:
     ]
 
 
+def test_a_safety_checker_tells_of_each_picture() -> None:
+    arrays = paint({"seed": 7, "num_images_per_prompt": 2})
+    info = {**INFO, "nsfw_content_detected": [False, True]}
+    pictures = parse(Result(**{**arrays, "info": texts(json.dumps(info).encode())}))
+
+    assert [picture.nsfw_content_detected for picture in pictures] == [False, True]
+
+
+def test_an_answer_becomes_latents_in_order() -> None:
+    fields = {"seed": 7, "num_images_per_prompt": 2, "output_format": "latent"}
+    latents = parse_latents(Result(**paint(fields)))
+
+    assert [it.seed for it in latents] == [7, 8]
+    assert [it.array[0, 0, 0] for it in latents] == [7, 8]
+    assert latents[0].info["model"] == "fake"
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"image": None},
+        {"image": texts(), "seed": np.array([], np.int64)},
+        {"image": texts(b"")},
+        {"image": texts(encode_picture(1))},
+        {"image": texts(encode_latents(1)[:-1])},
+        {"info": texts(b"3")},
+    ],
+)
+def test_malformed_latents_are_a_server_error(arrays: dict[str, Any]) -> None:
+    latents = paint({"seed": 1, "output_format": "latent"})
+
+    with pytest.raises(ServerError, match="the server's answer cannot be read: "):
+        parse_latents(Result(**{**latents, **arrays}))
+
+
+def test_models_are_read() -> None:
+    told = texts(json.dumps([MODEL_INFO]).encode())
+
+    assert parse_models(Result(models=told)) == [parse_model(Result(models=told))]
+
+
+@pytest.mark.parametrize(
+    "models", [None, texts(), texts(b"no JSON"), texts(b"3"), texts(b"{}"), texts(b"[3]")]
+)
+def test_malformed_models_are_a_server_error(models: Any) -> None:
+    for read in (parse_models, parse_model):
+        with pytest.raises(ServerError, match="the server's answer cannot be read: "):
+            read(Result(models=models))
+
+
 def without(key: str) -> np.ndarray:
     facts = {name: fact for name, fact in INFO.items() if name != key}
     return texts(json.dumps(facts).encode())
@@ -80,6 +141,8 @@ def without(key: str) -> np.ndarray:
         {"info": texts(b"\xff")},
         {"info": texts(b"[]")},
         {"info": texts(b"3")},
+        {"info": texts(json.dumps({**INFO, "nsfw_content_detected": [True, False]}).encode())},
+        {"info": texts(json.dumps({**INFO, "nsfw_content_detected": True}).encode())},
         {"info": without("timings")},
         {"info": without("model")},
         {"info": without("notes")},

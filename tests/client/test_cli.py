@@ -17,7 +17,17 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from fake_triton import INFO, Arrays, FakeTriton, encode_picture, narrate, paint, tell
+from fake_triton import (
+    INFO,
+    MODEL_INFO,
+    Arrays,
+    FakeTriton,
+    encode_latents,
+    encode_picture,
+    narrate,
+    paint,
+    tell,
+)
 from missing_packages import run_without
 from PIL import Image, ImageChops
 
@@ -93,6 +103,233 @@ def test_generate_sends_its_options_and_nothing_else(triton: FakeTriton, tmp_pat
         },
         {"prompt": "a cat", "seed": 1},
     ]
+
+
+def test_generate_sends_pictures_and_adapters(triton: FakeTriton, tmp_path: Path) -> None:
+    picture = encode_picture(9)
+    for name in ("dog.png", "mask.png", "edges:1.png", "depths"):
+        (tmp_path / name).write_bytes(picture)
+    pictures = ("--image", str(tmp_path / "dog.png"), "--mask-image", str(tmp_path / "mask.png"))
+    canny, depth = f"canny={tmp_path / 'edges:1.png'}", f"depth={tmp_path / 'depths'}:0.5"
+    controls = ("--control", canny, "--control", depth)
+    adapters = ("--lora", "ink:0.75", "--lora", "wash", "--variant", "watercolor")
+    status = generate(
+        triton,
+        tmp_path / "cat.png",
+        *("--seed", "7", "--strength", "0.5"),
+        *(*pictures, *controls, *adapters),
+    )
+
+    assert status == 0
+    assert triton.requests == [
+        {
+            "prompt": "a cat",
+            "seed": 7,
+            "image": picture,
+            "mask_image": picture,
+            "strength": 0.5,
+            "controlnet": ["canny", "depth"],
+            "control_image": [picture, picture],
+            "controlnet_conditioning_scale": [1.0, 0.5],
+            "lora": ["ink", "wash"],
+            "lora_scale": [0.75, 1.0],
+            "variant": "watercolor",
+        }
+    ]
+
+
+def test_scales_that_are_left_out_are_the_servers(triton: FakeTriton, tmp_path: Path) -> None:
+    (tmp_path / "edges.png").write_bytes(encode_picture(9))
+    control = f"canny={tmp_path / 'edges.png'}"
+    status = generate(triton, tmp_path / "cat.png", "--control", control, "--lora", "ink")
+
+    assert status == 0
+    assert triton.requests[0].keys() == {"prompt", "seed", "controlnet", "control_image", "lora"}
+
+
+@pytest.mark.parametrize("option", ["--image", "--mask-image", "--control"])
+def test_a_picture_that_cannot_be_read_is_one_line(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    path = tmp_path / "dog.png"
+    value = f"canny={path}" if option == "--control" else str(path)
+    status = generate(triton, tmp_path / "cat.png", option, value)
+
+    assert status == 1
+    assert f"image: {path}: No such file" in refusal(capsys)
+    assert triton.requests == []
+
+
+@pytest.mark.parametrize("is_watched", [False, True])
+def test_generate_saves_several_pictures(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str], *, is_watched: bool
+) -> None:
+    with redirect_stderr(Terminal() if is_watched else StringIO()):
+        status = generate(triton, tmp_path / "cat.png", "--seed", "7", "--num-images", "3")
+
+    assert status == 0
+    names = [f"cat-{index}.png" for index in range(3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for index, name in enumerate(names):
+        assert (tmp_path / name).read_bytes() == encode_picture(7 + index)
+    expected = [f"{tmp_path / name}: 16x8, seed {7 + index}" for index, name in enumerate(names)]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert triton.requests[0]["num_images_per_prompt"] == 3
+
+
+def test_one_of_several_pictures_has_no_number(triton: FakeTriton, tmp_path: Path) -> None:
+    assert generate(triton, tmp_path / "cat.png", "--num-images", "1") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.png"]
+
+
+def test_one_of_several_files_that_cannot_be_written_is_refused_before_the_work(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cat-1.png").mkdir()
+
+    assert generate(triton, tmp_path / "cat.png", "--num-images", "2") == 1
+    assert f"{tmp_path / 'cat-1.png'}: is a folder" in refusal(capsys)
+    assert triton.requests == []
+
+
+def test_a_preview_is_that_of_the_first_picture(triton: FakeTriton, tmp_path: Path) -> None:
+    def script(fields: dict[str, Any], _stop: threading.Event) -> Iterator[Arrays]:
+        for index, color in ((0, 100), (1, 200)):
+            where = {"index": index, "step": 1, "num_steps": 1}
+            preview = np.array([encode_picture(color)], object)
+            yield {**tell(type="preview", **where), "preview": preview}
+        yield {**tell(type="done"), **paint(fields)}
+
+    triton.script = script
+    preview = tmp_path / "preview.png"
+    options = ("--num-images", "2", "--preview", str(preview))
+
+    assert generate(triton, tmp_path / "cat.png", *options) == 0
+    with Image.open(preview) as opened:
+        assert opened.getpixel((0, 0)) == (100, 20, 30)
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_generate_asks_the_model_that_is_named(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str], scheme: str
+) -> None:
+    url = {"grpc": triton.grpc_url, "http": triton.http_url}[scheme]
+    options = ("--model", "sdxl", "--url", url)
+
+    assert generate(triton, tmp_path / "cat.png", *options) == 1
+    assert "unknown model: 'sdxl'" in refusal(capsys)
+    triton.models.add("sdxl")
+    assert generate(triton, tmp_path / "cat.png", *options) == 0
+
+
+@pytest.mark.parametrize("end", [None, "0.7"])
+def test_a_refiner_goes_on_from_where_the_model_ends(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str], end: str | None
+) -> None:
+    triton.models.add("refiner")
+    (tmp_path / "dog.png").write_bytes(encode_picture(9))
+    options = ["--seed", "7", "--num-inference-steps", "4", "--width", "32", "--height", "24"]
+    options += ["--lora", "ink:0.5", "--image", str(tmp_path / "dog.png"), "--strength", "0.5"]
+    options += ["--num-images", "2", "--refiner", "refiner"]
+    status = generate(
+        triton, tmp_path / "cat.png", *options, *(("--denoising-end", end) if end else ())
+    )
+
+    assert status == 0
+    begun, *refined = triton.requests
+    fraction = np.float32(end or 0.8)
+    assert begun == {
+        "prompt": "a cat",
+        "seed": 7,
+        "num_inference_steps": 4,
+        "width": 32,
+        "height": 24,
+        "lora": ["ink"],
+        "lora_scale": [0.5],
+        "image": encode_picture(9),
+        "strength": 0.5,
+        "num_images_per_prompt": 2,
+        "denoising_end": fraction,
+        "output_format": "latent",
+    }
+    assert refined == [
+        {
+            "prompt": "a cat",
+            "seed": seed,
+            "num_inference_steps": 4,
+            "image": encode_latents(seed, (32, 24)),
+            "denoising_start": fraction,
+        }
+        for seed in (7, 8)
+    ]
+    assert (tmp_path / "cat-1.png").read_bytes() == encode_picture(8)
+    told = [line.split("  ")[0] for line in capsys.readouterr().err.split("\r")]
+    assert told == ["", "+ generating", "+ refining", "+ refining"]
+
+
+def test_the_refiners_steps_are_shown_on_a_terminal(triton: FakeTriton, tmp_path: Path) -> None:
+    triton.models.update({"refiner", "refiner_stream"})
+    with redirect_stderr(Terminal()) as terminal:
+        assert generate(triton, tmp_path / "cat.png", "--refiner", "refiner") == 0
+
+    assert "> refining: step 3 of 3" in terminal.getvalue()
+
+
+def test_a_refiner_that_is_not_there_is_one_line(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(triton, tmp_path / "cat.png", "--refiner", "refiner") == 1
+    assert "unknown model: 'refiner'" in refusal(capsys)
+
+
+def test_leaving_off_needs_a_refiner(
+    triton: FakeTriton, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(triton, tmp_path / "cat.png", "--denoising-end", "0.8") == 1
+    assert refusal(capsys) == "darkroom: --denoising-end: needs --refiner, to go on from there"
+    assert triton.requests == []
+
+
+@pytest.mark.parametrize("scheme", ["grpc", "http"])
+def test_info_tells_of_all_models(
+    triton: FakeTriton, capsys: pytest.CaptureFixture[str], scheme: str
+) -> None:
+    url = {"grpc": triton.grpc_url, "http": triton.http_url}[scheme]
+    triton.catalog = [MODEL_INFO, {**MODEL_INFO, "model": "refiner"}]
+
+    assert main(["info", "--url", url]) == 0
+    first, second = capsys.readouterr().out.rstrip("\n").split("\n\n")
+    assert first.startswith("stable_diffusion\n  checkpoint      shapes, sd1\n")
+    assert second.startswith("refiner\n")
+
+
+def test_info_tells_of_one_model(triton: FakeTriton, capsys: pytest.CaptureFixture[str]) -> None:
+    triton.catalog = [MODEL_INFO, {**MODEL_INFO, "model": "refiner"}]
+
+    assert main(["info", "refiner", "--url", triton.grpc_url]) == 0
+    assert capsys.readouterr().out.startswith("refiner\n")
+    assert main(["info", "sdxl", "--url", triton.grpc_url]) == 1
+    assert refusal(capsys) == "darkroom: model: 'sdxl' does not exist"
+
+
+def test_info_repeats_what_the_server_said_as_json(
+    triton: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", "--json", "--url", triton.grpc_url]) == 0
+    assert json.loads(capsys.readouterr().out) == [MODEL_INFO]
+    assert main(["info", "stable_diffusion", "--json", "--url", triton.grpc_url]) == 0
+    assert json.loads(capsys.readouterr().out) == MODEL_INFO
+
+
+def test_info_says_when_there_is_nothing(
+    triton: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    triton.catalog = []
+
+    assert main(["info", "--url", triton.grpc_url]) == 0
+    assert capsys.readouterr().out == f"{triton.grpc_url} serves no model\n"
+    assert main(["info", "--json", "--url", triton.grpc_url]) == 0
+    assert json.loads(capsys.readouterr().out) == []
 
 
 class Terminal(StringIO):
@@ -229,6 +466,18 @@ def test_cancel_ends_a_request_by_its_id(
     captured = capsys.readouterr()
     assert captured.out == "mine: cancelled\n"
     assert "darkroom: the request was cancelled\n" in captured.err
+
+
+def test_cancel_asks_the_model_that_is_named(
+    triton: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("cancel", "mine", "--url", triton.grpc_url, "--model", "sdxl")
+
+    assert main(options) == 1
+    assert "unknown model: 'sdxl_cancel'" in refusal(capsys)
+    triton.models.add("sdxl_cancel")
+    assert main(options) == 1
+    assert triton.cancelled_ids == ["mine"]
 
 
 def test_cancelling_what_does_not_run_is_one_line(
@@ -413,7 +662,7 @@ def test_an_unknown_architecture_is_named_with_those_that_exist(
     status = main(["random-checkpoint", "sd99", str(tmp_path / "sd99")])
 
     assert status == 1
-    assert "'sd99' does not exist, there are sd15, tiny-sd15" in refusal(capsys)
+    assert "'sd99' does not exist, there are sd15, " in refusal(capsys)
     assert not (tmp_path / "sd99").exists()
 
 
@@ -453,6 +702,15 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["develop"],
         ["generate"],
         ["generate", "a cat", "--seed", "one"],
+        ["generate", "a cat", "--num-images", "0"],
+        ["generate", "a cat", "--num-images", "two"],
+        ["generate", "a cat", "--lora", "ink:much"],
+        ["generate", "a cat", "--lora", ":1"],
+        ["generate", "a cat", "--lora", "ink:nan"],
+        ["generate", "a cat", "--control", "canny"],
+        ["generate", "a cat", "--control", "canny="],
+        ["generate", "a cat", "--control", "=edges.png"],
+        ["info", "one", "two"],
         ["cancel"],
         ["export", "checkpoint", "repository", "--precision", "fp4"],
         ["serve", "repository", "--response-cache", "much"],

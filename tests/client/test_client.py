@@ -8,12 +8,13 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from fake_triton import INFO, TIMINGS, FakeTriton, paint
+from fake_triton import INFO, TIMINGS, FakeTriton, encode_latents, encode_picture, paint
 
 from darkroom import (
     Client,
     DarkroomError,
     InvalidRequest,
+    Latents,
     Picture,
     QueueFull,
     RequestCancelled,
@@ -94,6 +95,80 @@ def test_options_reach_the_server(client: Client, triton: FakeTriton) -> None:
     ]
 
 
+def test_pictures_and_adapters_reach_the_server(client: Client, triton: FakeTriton) -> None:
+    picture = encode_picture(7)
+    client.generate(
+        "a cat",
+        seed=1,
+        image=picture,
+        mask_image=picture,
+        strength=0.5,
+        original_size=(512, 768),
+        crops_coords_top_left=(0, 8),
+        target_size=(256, 384),
+        aesthetic_score=7,
+        negative_aesthetic_score=1.5,
+        controlnet=["canny", "depth"],
+        control_image=[picture, picture],
+        controlnet_conditioning_scale=[0.5, 1],
+        control_guidance_start=0.25,
+        control_guidance_end=0.75,
+        lora={"ink": 0.75},
+        variant="watercolor",
+    )
+
+    assert triton.requests == [
+        {
+            "prompt": "a cat",
+            "seed": 1,
+            "image": picture,
+            "mask_image": picture,
+            "strength": 0.5,
+            "original_size": [512, 768],
+            "crops_coords_top_left": [0, 8],
+            "target_size": [256, 384],
+            "aesthetic_score": 7.0,
+            "negative_aesthetic_score": 1.5,
+            "controlnet": ["canny", "depth"],
+            "control_image": [picture, picture],
+            "controlnet_conditioning_scale": [0.5, 1.0],
+            "control_guidance_start": [0.25, 0.25],
+            "control_guidance_end": [0.75, 0.75],
+            "lora": ["ink"],
+            "lora_scale": [0.75],
+            "variant": "watercolor",
+        }
+    ]
+
+
+def test_another_call_goes_on_from_latents(client: Client, triton: FakeTriton) -> None:
+    latents = client.generate_latents("a cat", seed=7, denoising_end=0.75)
+    client.generate("a cat", image=latents, denoising_start=0.75, seed=latents.seed)
+
+    assert isinstance(latents, Latents)
+    assert (latents.array.shape, latents.seed, latents.info["model"]) == ((4, 1, 2), 7, "fake")
+    assert triton.requests == [
+        {"prompt": "a cat", "seed": 7, "denoising_end": 0.75, "output_format": "latent"},
+        {"prompt": "a cat", "seed": 7, "denoising_start": 0.75, "image": encode_latents(7)},
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_list_of_latents_where_their_number_is_given(client: Client, count: int) -> None:
+    latents = client.generate_latents("a cat", seed=7, num_images_per_prompt=count)
+
+    assert [it.seed for it in latents] == [7, 8][:count]
+
+
+def test_pictures_in_the_place_of_latents_are_a_server_error(
+    client: Client, triton: FakeTriton
+) -> None:
+    triton.answer = lambda fields: paint({**fields, "output_format": "png"})
+
+    with pytest.raises(ServerError, match="the server's answer cannot be read"):
+        client.generate_latents("a cat")
+
+
 def test_the_seed_that_was_chosen_is_told(client: Client, triton: FakeTriton) -> None:
     picture = client.generate("a cat")
 
@@ -134,6 +209,12 @@ def test_what_is_wrong_by_itself_is_not_sent(client: Client, triton: FakeTriton)
         client.generate("a cat", width="wide")
     with pytest.raises(TypeError, match="'steps' is not an option"):
         client.generate("a cat", steps=4)
+    with pytest.raises(TypeError, match="'steps' is not an option"):
+        client.generate_latents("a cat", steps=4)
+    with pytest.raises(InvalidRequest, match=r"^image: no-such\.png: No such file"):
+        client.generate("a cat", image="no-such.png")
+    with pytest.raises(InvalidRequest, match="use generate_latents"):
+        client.generate("a cat", output_format="latent")
 
     assert triton.requests == []
 

@@ -31,6 +31,15 @@ def test_it_knows_how_it_came_about(picture: Picture) -> None:
     assert (picture.timings, picture.queue_steps) == (TIMINGS, 5)
     assert picture.notes == ["prompt: too long"]
     assert picture.encoded == encode_picture(3)
+    assert picture.nsfw_content_detected is None
+
+
+def test_it_knows_whether_it_was_blacked_out() -> None:
+    facts = {**FACTS, "nsfw_content_detected": True}
+    picture = Picture.from_bytes(encode_picture(3), 3, facts)
+
+    assert picture.nsfw_content_detected is True
+    assert copy.deepcopy(picture).nsfw_content_detected is True
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP"])

@@ -1,18 +1,23 @@
 """Fields become typed tensors, and those Triton's messages, or are refused by name."""
 
+import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_triton import encode_latents, encode_picture
 from tritonclient.utils import deserialize_bytes_tensor, triton_to_np_dtype
 
-from darkroom import InvalidRequest, Options
+from darkroom import InvalidRequest, Latents, Options
 from darkroom.protocol import (
     Request,
     cancel_request,
     fields,
     generate_request,
+    info_request,
+    latents_request,
     stream_request,
     to_grpc,
     to_json,
@@ -50,7 +55,7 @@ def test_the_number_of_pictures_is_sent_if_given() -> None:
     assert fields("a cat", 3, {"seed": 1})["num_images_per_prompt"] == 3
 
 
-@pytest.mark.parametrize("option", ["steps", "cfg", "prompts", "image"])
+@pytest.mark.parametrize("option", ["steps", "cfg", "prompts", "images"])
 def test_an_unknown_option_is_a_type_error_that_lists_the_options(option: str) -> None:
     with pytest.raises(TypeError, match=f"'{option}' is not an option, there are .*guidance_scale"):
         fields("a cat", None, {option: 1})
@@ -86,6 +91,114 @@ def test_inputs_have_the_servers_types() -> None:
         "clip_skip": np.int32(1),
         "num_images_per_prompt": np.int32(2),
     }
+
+
+PICTURE = encode_picture(7)
+ADAPTED: Options = {
+    "image": PICTURE,
+    "mask_image": PICTURE,
+    "original_size": (512, 768),
+    "crops_coords_top_left": [0, 8],  # type: ignore[typeddict-item]
+    "controlnet": ["canny", "depth"],
+    "control_image": [PICTURE, PICTURE],
+    "controlnet_conditioning_scale": 0.5,
+    "control_guidance_end": (0.5, 1),
+    "lora": {"ink": 0.75},
+}
+
+
+def test_fields_of_several_values_are_longer_tensors() -> None:
+    message = to_grpc(ask(ADAPTED))
+
+    sent = {}
+    for entry, raw in zip(message.inputs, message.raw_input_contents, strict=True):
+        if entry.datatype == "BYTES":
+            values = deserialize_bytes_tensor(raw).tolist()
+        else:
+            values = np.frombuffer(raw, triton_to_np_dtype(entry.datatype)).tolist()
+        assert entry.shape == [len(values)]
+        sent[entry.name] = (entry.datatype, values)
+    assert len(sent.pop("seed")[1]) == 1
+    assert sent == {
+        "prompt": ("BYTES", [b"a cat"]),
+        "image": ("BYTES", [PICTURE]),
+        "mask_image": ("BYTES", [PICTURE]),
+        "original_size": ("INT32", [512, 768]),
+        "crops_coords_top_left": ("INT32", [0, 8]),
+        "controlnet": ("BYTES", [b"canny", b"depth"]),
+        "control_image": ("BYTES", [PICTURE, PICTURE]),
+        "controlnet_conditioning_scale": ("FP32", [0.5, 0.5]),
+        "control_guidance_end": ("FP32", [0.5, 1.0]),
+        "lora": ("BYTES", [b"ink"]),
+        "lora_scale": ("FP32", [0.75]),
+    }
+
+
+def test_json_has_pictures_as_base64_and_several_values_as_lists() -> None:
+    body = json.loads(to_json(ask({"seed": 1, **ADAPTED})))
+
+    encoded = base64.b64encode(PICTURE).decode()
+    assert body == {
+        "id": "an-id",
+        "prompt": "a cat",
+        "seed": 1,
+        "image": encoded,
+        "mask_image": encoded,
+        "original_size": [512, 768],
+        "crops_coords_top_left": [0, 8],
+        "controlnet": ["canny", "depth"],
+        "control_image": [encoded, encoded],
+        "controlnet_conditioning_scale": [0.5, 0.5],
+        "control_guidance_end": [0.5, 1.0],
+        "lora": ["ink"],
+        "lora_scale": [0.75],
+        "output_format": "b64_png",
+    }
+
+
+def test_bytes_that_end_in_zeros_are_sent_whole() -> None:
+    latents = Latents.from_bytes(encode_latents(0), 0)
+    request = ask({"image": latents})
+
+    assert latents.to_bytes().endswith(b"\0\0\0\0")
+    assert request.inputs["image"].tolist() == [latents.to_bytes()]
+    raw = to_grpc(request).raw_input_contents[list(request.inputs).index("image")]
+    assert deserialize_bytes_tensor(raw).tolist() == [latents.to_bytes()]
+
+
+def test_pictures_are_read_and_checked_when_the_request_is_made(tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes(PICTURE)
+
+    assert ask({"image": str(tmp_path / "cat.png")}).inputs["image"].tolist() == [PICTURE]
+    with pytest.raises(InvalidRequest, match=rf"^mask_image: {tmp_path}/dog.png: No such file"):
+        ask({"image": tmp_path / "cat.png", "mask_image": tmp_path / "dog.png"})
+
+
+def test_a_request_for_latents_asks_for_them() -> None:
+    for options in ({}, {"output_format": None}, {"output_format": "latent"}):
+        request = latents_request("sd", "a cat", 2, "an-id", {"seed": 1, **options})
+
+        assert {name: array.tolist() for name, array in request.inputs.items()} == {
+            "prompt": [b"a cat"],
+            "num_images_per_prompt": [2],
+            "seed": [1],
+            "output_format": [b"latent"],
+        }
+    with pytest.raises(InvalidRequest, match=r"^output_format: 'png' is for pictures"):
+        latents_request("sd", "a cat", None, None, {"output_format": "png"})
+
+
+def test_pictures_are_not_asked_for_as_latents() -> None:
+    with pytest.raises(InvalidRequest, match=r"^output_format: 'latent' .* use generate_latents"):
+        ask({"output_format": "latent"})
+
+
+def test_a_question_about_models_has_no_id_and_names_one_or_none() -> None:
+    request = info_request(None)
+
+    assert (request.model, request.request_id, request.inputs) == ("darkroom", "", {})
+    assert request.outputs == ("models",)
+    assert info_request("sdxl").inputs["model"].tolist() == [b"sdxl"]
 
 
 def test_a_message_names_model_id_and_outputs() -> None:
@@ -165,6 +278,8 @@ def test_only_pngs_travel_as_json() -> None:
 def test_what_json_has_no_number_for_is_refused(value: str) -> None:
     with pytest.raises(InvalidRequest, match=rf"^guidance_scale: {value} is not a finite number"):
         to_json(ask({"guidance_scale": float(value)}))
+    with pytest.raises(InvalidRequest, match=rf"^lora_scale: {value} is not a finite number"):
+        to_json(ask({"lora": {"ink": 1.0, "wash": float(value)}}))
 
 
 @pytest.mark.parametrize(
@@ -194,6 +309,24 @@ def test_what_json_has_no_number_for_is_refused(value: str) -> None:
         ({"eta": "much"}, "eta: 'much' is not a number"),
         ({"guidance_rescale": None, "guidance_start": "0"}, "guidance_start: '0' is not a number"),
         ({"timestep_spacing": 1}, "timestep_spacing: 1 is not a text"),
+        ({"strength": "0.5"}, "strength: '0.5' is not a number"),
+        ({"denoising_end": [0.5]}, r"denoising_end: \[0.5\] is not a number"),
+        ({"original_size": 512}, "original_size: 512 is not 2 whole numbers"),
+        ({"original_size": (512,)}, r"original_size: \(512,\) is not 2 whole numbers"),
+        ({"target_size": (512, 512, 3)}, r"target_size: \(512, 512, 3\) is not 2 whole numbers"),
+        ({"target_size": "ab"}, "target_size: 'ab' is not 2 whole numbers"),
+        ({"target_size": (512, 0.5)}, "target_size: 0.5 is not a whole int32"),
+        ({"crops_coords_top_left": ("0", 0)}, "crops_coords_top_left: '0' is not a whole int32"),
+        ({"lora": ["ink", 3]}, "lora: 3 is not a text"),
+        ({"lora": {"ink": "much"}}, "lora_scale: 'much' is not a number"),
+        ({"lora": "ink", "lora_scale": [None]}, "lora_scale: None is not a number"),
+        ({"controlnet": b"canny", "control_image": PICTURE}, "controlnet: b'canny' is not a text"),
+        ({"controlnet": "canny"}, "control_image: 0 given"),
+        ({"controlnet": "canny", "control_image": b"?"}, "control_image: 1 bytes: not a picture"),
+        ({"image": 3}, "image: 3 is not a picture"),
+        ({"image": [PICTURE]}, r"image: \[.* is not a picture"),
+        ({"mask_image": Latents.from_bytes(encode_latents(1), 1)}, "mask_image: Latents.* is not"),
+        ({"variant": 3}, "variant: 3 is not a text"),
         ({"sampler": 3}, "sampler: 3 is not a text"),
         ({"negative_prompt": b"a cat"}, "negative_prompt: b'a cat' is not a text"),
         ({"negative_prompt": "\ud800"}, r"negative_prompt: '\\ud800' is not a text"),

@@ -39,6 +39,14 @@ def test_every_exception_is_public() -> None:
     assert errors <= set(darkroom.__all__)
 
 
+def test_every_method_of_a_client_is_one_of_these() -> None:
+    public = {name for name in vars(darkroom.Client) if not name.startswith("_")}
+
+    assert public == {
+        *("generate", "generate_latents", "stream", "cancel", "info", "is_ready", "close"),
+    }
+
+
 def test_every_event_is_public_and_frozen() -> None:
     for event in get_args(darkroom.Event):
         assert getattr(darkroom, event.__name__) is event
@@ -63,7 +71,9 @@ def test_both_clients_have_the_same_methods_and_parameters(client: type) -> None
         # Only the default tells the synchronous client whether a list is wanted.
         return {name: it.kind for name, it in parameters.items()}
 
-    for method in ("__init__", "generate", "stream", "cancel", "is_ready", "close"):
+    methods = {name for name in vars(client) if not name.startswith("_")}
+    assert methods == {name for name in vars(darkroom.Client) if not name.startswith("_")}
+    for method in ("__init__", *methods):
         assert signature(client, method) == signature(darkroom.Client, method)
 
 

@@ -14,7 +14,16 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from fake_triton import Arrays, Failure, FakeTriton, encode_picture, narrate, paint, tell
+from fake_triton import (
+    Arrays,
+    Failure,
+    FakeTriton,
+    encode_latents,
+    encode_picture,
+    narrate,
+    paint,
+    tell,
+)
 from PIL import Image
 
 from darkroom import (
@@ -501,8 +510,47 @@ def test_what_is_wrong_by_itself_is_not_sent(client: Client, triton: FakeTriton)
         client.stream("a cat", request_id="")
     with pytest.raises(TypeError, match="'steps' is not an option"):
         client.stream("a cat", steps=4)  # type: ignore[call-arg]
+    with pytest.raises(InvalidRequest, match="output_format: 'latent' is no picture"):
+        client.stream("a cat", output_format="latent")
+    with pytest.raises(InvalidRequest, match="control_image: 0 given"):
+        client.stream("a cat", controlnet="canny")
 
     assert triton.requests == []
+
+
+def test_streams_carry_pictures_and_adapters(client: Client, triton: FakeTriton) -> None:
+    picture = encode_picture(7)
+    done = list(
+        client.stream(
+            "a cat",
+            seed=1,
+            image=picture,
+            original_size=(512, 768),
+            controlnet="canny",
+            control_image=picture,
+            lora={"ink": 0.75, "wash": 1},
+        )
+    )[-1]
+
+    assert isinstance(done, Done)
+    fields = {name: value for name, value in triton.requests[0].items() if name != "output_format"}
+    assert fields == {
+        "prompt": "a cat",
+        "seed": 1,
+        "image": picture,
+        "original_size": [512, 768],
+        "controlnet": ["canny"],
+        "control_image": [picture],
+        "lora": ["ink", "wash"],
+        "lora_scale": [0.75, 1.0],
+    }
+
+
+def test_streams_go_on_from_latents(client: Client, triton: FakeTriton) -> None:
+    latents = client.generate_latents("a cat", seed=7, denoising_end=0.75)
+    assert len(list(client.stream("a cat", image=latents, denoising_start=0.75))) == 5
+
+    assert triton.requests[1]["image"] == encode_latents(7)
 
 
 def test_http_carries_no_other_format_than_png(triton: FakeTriton) -> None:

@@ -28,6 +28,27 @@ Arrays = dict[str, np.ndarray]
 
 POLL_S = 0.01
 TIMINGS = {"queue_ms": 1.0, "denoise_ms": 2.0, "decode_ms": 3.0, "total_ms": 6.0}
+MODEL_INFO = {
+    "model": "stable_diffusion",
+    "name": "shapes",
+    "family": "sd1",
+    "engine": "0123",
+    "modes": ["text2img", "img2img"],
+    "samplers": ["unipc", "euler"],
+    "limits": {"min_size": 32, "max_size": 128},
+    "controlnets": ["canny"],
+    "loras": [],
+    "variants": [],
+    "safety_checker": "off",
+    "weather": "fine",
+}
+"""What `darkroom` tells of a model, and something that only a newer server would."""
+PAIRS = {"original_size", "crops_coords_top_left", "target_size"}
+LISTS = {
+    *("controlnet", "control_image", "controlnet_conditioning_scale"),
+    *("control_guidance_start", "control_guidance_end", "lora", "lora_scale"),
+}
+PICTURES = {"image", "mask_image", "control_image"}
 INFO = {"timings": TIMINGS, "queue_steps": 5, "model": "fake", "engine": "0123", "notes": []}
 HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
@@ -55,13 +76,21 @@ def encode_picture(seed: int, size: tuple[int, int] = (16, 8), file_format: str 
     return buffer.getvalue()
 
 
+def encode_latents(seed: int, size: tuple[int, int] = (16, 8)) -> bytes:
+    """Latents of one number, which depends on the seed."""
+    buffer = BytesIO()
+    np.save(buffer, np.full((4, size[1] // 8, size[0] // 8), seed % 256, np.float32))
+    return buffer.getvalue()
+
+
 def paint(fields: dict[str, Any]) -> Arrays:
     """The outputs of `stable_diffusion` for a request's fields."""
     count = fields.get("num_images_per_prompt", 1)
     seeds = [fields["seed"] + index for index in range(count)]
     size = (fields.get("width", 16), fields.get("height", 8))
+    encode = encode_latents if fields.get("output_format") == "latent" else encode_picture
     return {
-        "image": np.array([encode_picture(seed, size) for seed in seeds], np.object_),
+        "image": np.array([encode(seed, size) for seed in seeds], np.object_),
         "seed": np.array(seeds, np.int64),
         "info": np.array([json.dumps(INFO).encode()], np.object_),
     }
@@ -106,8 +135,11 @@ class FakeTriton:
             "stable_diffusion",
             "stable_diffusion_stream",
             "stable_diffusion_cancel",
+            "darkroom",
         }
     )
+    catalog: list[dict[str, Any]] = field(default_factory=lambda: [MODEL_INFO])
+    """What `darkroom` tells."""
     answer: Callable[[dict[str, Any]], Arrays] = paint
     script: Callable[[dict[str, Any], threading.Event], Iterator[Arrays]] = narrate
     """What a stream tells; it may raise a Failure."""
@@ -163,6 +195,8 @@ class FakeTriton:
         """The one answer to a request; raises a Failure."""
         if model.endswith("_cancel"):
             return self._cancel(fields["request_id"])
+        if model == "darkroom":
+            return self._tell_models(fields)
         with self._flying(request_id, fields, flight):
             answer = self.answer(fields)
         if self.failure:
@@ -209,6 +243,15 @@ class FakeTriton:
             flight.is_cancelled_by_id = True
             flight.stop.set()
         return {"cancelled": np.array([bool(flights)])}
+
+    def _tell_models(self, fields: dict[str, Any]) -> Arrays:
+        models = self.catalog
+        if "model" in fields:
+            models = [info for info in models if info["model"] == fields["model"]]
+            if not models:
+                message = f"model: {fields['model']!r} does not exist"
+                raise Failure(grpc.StatusCode.INVALID_ARGUMENT, message)
+        return {"models": np.array([json.dumps(models).encode()], np.object_)}
 
     def left(self, flight: Flight) -> None:
         """The client's connection is gone."""
@@ -291,7 +334,8 @@ class HttpFace(BaseHTTPRequestHandler):
             self._infer(model, body)
 
     def _infer(self, model: str, body: bytes) -> None:
-        header_length = int(self.headers["Inference-Header-Content-Length"])
+        # Not told where nothing follows.
+        header_length = int(self.headers.get("Inference-Header-Content-Length", len(body)))
         request_id = json.loads(body[:header_length]).get("id", "")
         fields = _read_http(body, header_length)
         try:
@@ -314,6 +358,8 @@ class HttpFace(BaseHTTPRequestHandler):
         # What the model does for this format; bytes that are no text would break the JSON.
         assert fields["output_format"] == "b64_png"
         request_id = fields.pop("id", "")
+        for name in PICTURES & set(fields):
+            fields[name] = _from_base64(fields[name])
         flight = Flight()
         watcher = threading.Thread(target=self._watch, args=(flight,))
         watcher.start()
@@ -397,7 +443,7 @@ def to_json(arrays: Arrays) -> dict[str, Any]:
 
 def _read_grpc(request: Any) -> dict[str, Any]:
     return {
-        entry.name: _unpack(entry.datatype, list(entry.shape), raw)
+        entry.name: _unpack(entry.name, entry.datatype, list(entry.shape), raw)
         for entry, raw in zip(request.inputs, request.raw_input_contents, strict=True)
     }
 
@@ -405,20 +451,33 @@ def _read_grpc(request: Any) -> dict[str, Any]:
 def _read_http(body: bytes, header_length: int) -> dict[str, Any]:
     fields = {}
     position = header_length
-    for entry in json.loads(body[:header_length])["inputs"]:
+    for entry in json.loads(body[:header_length]).get("inputs", []):
         end = position + entry["parameters"]["binary_data_size"]
-        fields[entry["name"]] = _unpack(entry["datatype"], entry["shape"], body[position:end])
+        name, raw = entry["name"], body[position:end]
+        fields[name] = _unpack(name, entry["datatype"], entry["shape"], raw)
         position = end
     assert position == len(body)
     return fields
 
 
-def _unpack(datatype: str, shape: list[int], raw: bytes) -> Any:
-    """The one value of an input; text is decoded."""
-    assert shape == [1]
+def _unpack(name: str, datatype: str, shape: list[int], raw: bytes) -> Any:
+    """The value of an input, or a list of them where there may be several; text is decoded."""
     if datatype == "BYTES":
-        return deserialize_bytes_tensor(raw)[0].decode()
-    return np.frombuffer(raw, triton_to_np_dtype(datatype))[0].item()
+        values = deserialize_bytes_tensor(raw).tolist()
+        values = values if name in PICTURES else [value.decode() for value in values]
+    else:
+        values = np.frombuffer(raw, triton_to_np_dtype(datatype)).tolist()
+    assert shape == [len(values)]
+    if name in LISTS:
+        return values
+    assert shape == ([2] if name in PAIRS else [1])
+    return values if name in PAIRS else values[0]
+
+
+def _from_base64(value: str | list[str]) -> bytes | list[bytes]:
+    if isinstance(value, list):
+        return [base64.b64decode(text, validate=True) for text in value]
+    return base64.b64decode(value, validate=True)
 
 
 def _pack(arrays: Arrays) -> Iterator[tuple[str, str, list[int], bytes]]:
