@@ -122,7 +122,7 @@ def test_a_long_prompt_leaves_its_neighbours_pictures_alone(harness: Harness) ->
     harness.networks.gate.set()
 
     pictures = [future.result(WAIT_S).pictures[0] for future in futures]
-    assert harness.networks.step_rows[-1] == 4
+    assert max(harness.networks.step_rows) == 4
     for one, other in zip(alone, pictures, strict=True):
         assert np.abs(levels(one) - levels(other)).max() <= 1
 

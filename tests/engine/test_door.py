@@ -14,6 +14,8 @@ from engine_harness import WAIT_S, Harness
 import darkroom_wire as wire
 from darkroom_engine import Door
 
+MODEL = "stable_diffusion"
+
 
 @pytest.fixture
 def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -26,7 +28,7 @@ def make_door(runtime_dir: Path) -> Iterator[Callable[[Harness], Door]]:  # noqa
     doors = []
 
     def make(harness: Harness) -> Door:
-        door = Door(harness.engine)
+        door = Door(harness.engine, MODEL)
         door.start()
         doors.append(door)
         return door
@@ -44,7 +46,7 @@ def door(make_door: Callable[[Harness], Door], harness: Harness) -> Door:
 def ask(request_id: str = "", preview_interval: int = 0, **fields: Any) -> Connection:
     raw = {name: v.encode() if isinstance(v, str) else v for name, v in fields.items()}
     header, blobs = wire.pack_fields({"prompt": b"a cat", "seed": 0, **raw})
-    connection = wire.connect()
+    connection = wire.connect(wire.socket_path(MODEL))
     header |= {"op": "generate", "request_id": request_id, "preview_interval": preview_interval}
     wire.send(connection, header, blobs)
     return connection
@@ -63,7 +65,7 @@ def messages(connection: Connection) -> list[tuple[dict[str, Any], list[bytes]]]
 
 
 def cancel(request_id: str) -> dict[str, Any]:
-    with wire.connect() as connection:
+    with wire.connect(wire.socket_path(MODEL)) as connection:
         wire.send(connection, {"op": "cancel", "request_id": request_id})
         assert connection.poll(WAIT_S)
         return wire.receive(connection)[0]
@@ -159,7 +161,7 @@ def test_an_id_of_several_requests_cancels_none_of_them(harness: Harness) -> Non
 @pytest.mark.usefixtures("door")
 def test_nonsense_ends_its_connection_and_no_other(harness: Harness) -> None:
     for raw in (b"no json", b"{}", b'{"num_blobs": 0}', b'{"op": "generate", "num_blobs": 0}'):
-        with wire.connect() as connection:
+        with wire.connect(wire.socket_path(MODEL)) as connection:
             connection.send_bytes(raw)
             assert connection.poll(WAIT_S)
             with pytest.raises(EOFError):
@@ -172,7 +174,7 @@ def test_a_socket_that_was_left_behind_is_replaced(
     make_door: Callable[[Harness], Door], harness: Harness, runtime_dir: Path
 ) -> None:
     runtime_dir.mkdir(mode=0o700)
-    wire.socket_path().touch()
+    wire.socket_path(MODEL).touch()
     make_door(harness)
 
     assert messages(ask())[-1][1]
@@ -182,7 +184,7 @@ def test_a_newer_door_takes_the_place_and_keeps_it(
     make_door: Callable[[Harness], Door], harness: Harness
 ) -> None:
     """As when Triton loads the new engine before it unloads the old one."""
-    older = Door(harness.engine)
+    older = Door(harness.engine, MODEL)
     older.start()
     newer = make_door(harness)
     assert messages(ask())[-1][1]
@@ -190,7 +192,7 @@ def test_a_newer_door_takes_the_place_and_keeps_it(
 
     assert messages(ask())[-1][1]
     newer.close()
-    assert not wire.socket_path().exists()
+    assert not wire.socket_path(MODEL).exists()
 
 
 def test_a_path_that_is_too_long_is_named(
@@ -199,7 +201,7 @@ def test_a_path_that_is_too_long_is_named(
     monkeypatch.setenv(wire.RUNTIME_DIR, str(tmp_path / ("x" * 100)))
 
     with pytest.raises(OSError, match="DARKROOM_RUNTIME_DIR names another folder, of a short path"):
-        Door(harness.engine)
+        Door(harness.engine, MODEL)
 
 
 @pytest.mark.usefixtures("door")
@@ -211,8 +213,8 @@ def test_a_folder_that_is_open_to_others_is_refused(harness: Harness, runtime_di
     runtime_dir.mkdir()
     runtime_dir.chmod(0o755)
 
-    with pytest.raises(PermissionError, match="open to others, the engine's socket cannot lie"):
-        Door(harness.engine)
+    with pytest.raises(PermissionError, match="open to others, no socket can lie"):
+        Door(harness.engine, MODEL)
 
 
 def test_models_of_one_server_find_each_other_without_a_word(
@@ -220,13 +222,13 @@ def test_models_of_one_server_find_each_other_without_a_word(
 ) -> None:
     monkeypatch.delenv(wire.RUNTIME_DIR, raising=False)
 
-    assert f"darkroom-{os.getppid()}-" in str(wire.socket_path())
+    assert f"darkroom-{os.getppid()}-" in str(wire.socket_path(MODEL))
 
 
 @pytest.mark.usefixtures("runtime_dir")
 def test_without_an_engine_there_is_nobody_to_ask() -> None:
     with pytest.raises(OSError):  # noqa: PT011  whichever of its kinds
-        wire.connect()
+        wire.connect(wire.socket_path(MODEL))
 
 
 def test_close_takes_no_more_but_ends_what_is_there(
@@ -241,4 +243,4 @@ def test_close_takes_no_more_but_ends_what_is_there(
 
     assert messages(connection)[-1][1]
     with pytest.raises(OSError):  # noqa: PT011  whichever of its kinds
-        wire.connect()
+        wire.connect(wire.socket_path(MODEL))

@@ -12,7 +12,7 @@ from darkroom_engine.journal import JsonFormatter
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    text = [JsonFormatter().format(record) for record in caplog.records]
+    text = [JsonFormatter("sdxl").format(record) for record in caplog.records]
     assert not any("\n" in line for line in text)
     return [line for line in map(json.loads, text) if line["message"] == "request"]
 
@@ -34,6 +34,7 @@ def test_a_picture_is_one_line(harness: Harness, caplog: pytest.LogCaptureFixtur
 
     (line,) = lines(caplog)
     assert (line["level"], line["request_id"], line["outcome"]) == ("info", "abc", "image")
+    assert line["model"] == "sdxl"
     assert (line["seed"], line["num_inference_steps"], line["is_streamed"]) == (7, 3, False)
     assert line["total_ms"] >= line["queue_ms"] >= 0
     assert line["time"].endswith("+00:00")
@@ -64,6 +65,6 @@ def test_a_traceback_stays_on_its_line() -> None:
 
         record = logging.LogRecord("a", logging.ERROR, "b", 1, "it", (), sys.exc_info())
 
-    line = JsonFormatter().format(record)
+    line = JsonFormatter("sdxl").format(record)
     assert "\n" not in line
     assert "two\nlines" in json.loads(line)["traceback"]

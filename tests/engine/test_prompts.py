@@ -538,6 +538,16 @@ def test_t5_follows_the_chunks_of_a_long_prompt_in_one(
     assert np.array_equal(joined[-16:], first[-16:])
 
 
+def test_the_tokens_of_two_t5s_follow_each_other(folder: Path) -> None:
+    networks = FakeTextEncoders({**WIDTHS, "text_encoder_4": 12})
+    record = {**SD3, "encoders": [*CLIPS, t5(), t5("_4", max_length=8)]}
+    joined = hidden(make_encoder(record, folder, networks), "a red cat")
+
+    assert joined.shape == (77 + 16 + 8, 12)
+    assert np.array_equal(joined[:-8], hidden(make_encoder(SD3, folder, networks), "a red cat"))
+    assert np.array_equal(joined[-8:], networks.answers[5][0])
+
+
 def test_the_pooled_output_is_the_first_chunks(folder: Path, networks: FakeTextEncoders) -> None:
     encoder = make_encoder(SDXL, folder, networks)
     long = encoder.encode("a" * 75 + "b" * 20, 0, 4)["text_embeds"]
@@ -701,10 +711,11 @@ def test_the_empty_prompt_is_encoded_once_for_all_weighted_ones(
 ) -> None:
     for text in ("(a:2)", "(b:2)", "", "(c:2)"):
         encoder.encode(text)
+    encoder.encode("(d:2)", 0, 4)
 
-    assert len(networks.calls) == 4
+    assert len(networks.calls) == 5
     # Its own uses of the empty prompt are no lookups of anyone's.
-    assert (encoder.num_hits, encoder.num_misses) == (1, 3)
+    assert (encoder.num_hits, encoder.num_misses) == (1, 4)
 
 
 def test_the_cache_is_bounded_in_bytes(folder: Path, networks: FakeTextEncoders) -> None:
@@ -759,18 +770,29 @@ def test_a_failure_is_not_kept(folder: Path, networks: FakeTextEncoders, network
 
 
 class MisshapenTextEncoders(FakeTextEncoders):
-    """They answer for a token less than they were asked."""
+    """Of what they make, a part is left out."""
+
+    def __init__(self, part: Any) -> None:
+        super().__init__(WIDTHS)
+        self._part = part
 
     def run(self, network: str, inputs: Any, outputs: Any) -> list[np.ndarray]:
-        return [array[:, 1:] for array in super().run(network, inputs, outputs)]
+        return [array[self._part] for array in super().run(network, inputs, outputs)]
 
 
-def test_states_of_another_shape_are_a_failure(folder: Path) -> None:
-    encoder = make_encoder(SD1, folder, MisshapenTextEncoders(WIDTHS))
+@pytest.mark.parametrize(
+    ("part", "shape"),
+    [
+        (np.s_[:, 1:], r"\(1, 76, 6\)"),
+        (np.s_[1:], r"\(0, 77, 6\)"),
+        (np.s_[:, :, 0], r"\(1, 77\)"),
+    ],
+    ids=["a token", "a row", "the features"],
+)
+def test_states_of_another_shape_are_a_failure(folder: Path, part: Any, shape: str) -> None:
+    encoder = make_encoder(SD1, folder, MisshapenTextEncoders(part))
 
-    with pytest.raises(
-        NetworkFailed, match=r"^text_encoder failed: made \(1, 76, 6\) of \(1, 77\)"
-    ):
+    with pytest.raises(NetworkFailed, match=rf"^text_encoder failed: made {shape} of \(1, 77\)"):
         encoder.encode("a cat")
 
 

@@ -212,6 +212,16 @@ def test_a_starting_picture_may_be_base64(prefix: bytes) -> None:
     assert request.start.picture.size == (512, 256)
 
 
+def test_a_starting_picture_is_turned_as_its_camera_was_held() -> None:
+    buffer = BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (512, 256)).save(buffer, "JPEG", exif=exif)
+    request = parse(image=buffer.getvalue())
+
+    assert (request.width, request.height) == (256, 512)
+
+
 def test_strength_is_by_default_that_of_diffusers() -> None:
     image = picture((512, 512))
 

@@ -1,6 +1,7 @@
 """Pictures decoded and encoded tile by tile, with coders whose outputs depend on little around."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_strips_are_equal_cover_all_and_overlap_enough(
 
     assert {strip.stop - strip.start for strip in cut} == {min(length, tile)}
     assert (cut[0].start, cut[-1].stop) == (0, length)
-    for before, after in zip(cut, cut[1:], strict=False):
+    for before, after in pairwise(cut):
         assert before.stop - after.start >= overlap
         assert after.start <= after.fade_in[0] <= after.fade_in[1] <= before.stop
 
@@ -119,7 +120,7 @@ def test_at_a_seam_a_picture_lies_between_its_tiles() -> None:
     """A decoder that adds its own number to each tile shows what the fade is."""
     numbers = iter(range(2))
     made = decode_tiled(
-        lambda tile: np.full((1, 3, 8, 16), next(numbers), np.float32),
+        lambda _: np.full((1, 3, 8, 16), next(numbers), np.float32),
         np.zeros((1, 4, 8, 28), np.float32),
         1,
         tile=16,

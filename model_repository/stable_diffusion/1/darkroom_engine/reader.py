@@ -7,7 +7,7 @@ from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from darkroom_engine.errors import InvalidRequest
 
@@ -168,7 +168,8 @@ def _picture(name: str, value: object) -> Image.Image:
         raise InvalidRequest(
             name, f"{len(raw)} bytes that are no readable picture, allowed are PNG, JPEG, WebP"
         ) from None
-    return picture
+    # As the camera was held.
+    return ImageOps.exif_transpose(picture)
 
 
 def _unwrapped(value: object) -> bytes | None:

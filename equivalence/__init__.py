@@ -1,0 +1,1 @@
+"""Served pictures against those of the diffusers pipelines, for every family and mode."""
