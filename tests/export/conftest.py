@@ -1,4 +1,4 @@
-"""A tiny checkpoint of the real classes, exported once in each precision and once as one file."""
+"""Tiny checkpoints of the real classes; one exported in each precision and as a single file."""
 
 import importlib.util
 import json
@@ -19,12 +19,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of an architecture with random weights, made when it is first asked for."""
     from darkroom_export.random_checkpoint import make_random_checkpoint
 
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-checkpoint"
-    make_random_checkpoint("tiny-sd15", folder)
-    return folder
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def make_checkpoint(architecture: str) -> Path:
+        folder = root / architecture
+        if not folder.exists():
+            make_random_checkpoint(architecture, folder)
+        return folder
+
+    return make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_checkpoint: Callable[[str], Path]) -> Path:
+    return make_checkpoint("tiny-sd15")
 
 
 @pytest.fixture(scope="session")
@@ -49,13 +61,26 @@ def fp16(checkpoint: Path, fp32: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
-def single_file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights as one file in the original layout."""
+def make_single_file(
+    make_checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The same weights as `make_checkpoint`'s, as one file in the original layout."""
     from ldm_layout import write_ldm_checkpoint
 
-    path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
-    write_ldm_checkpoint(checkpoint, path)
-    return path
+    root = tmp_path_factory.mktemp("single")
+
+    def make_single_file(architecture: str) -> Path:
+        path = root / f"{architecture}.safetensors"
+        if not path.exists():
+            write_ldm_checkpoint(make_checkpoint(architecture), path)
+        return path
+
+    return make_single_file
+
+
+@pytest.fixture(scope="session")
+def single_file(make_single_file: Callable[[str], Path]) -> Path:
+    return make_single_file("tiny-sd15")
 
 
 @pytest.fixture

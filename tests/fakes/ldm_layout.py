@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "time_embedding.cond_proj": "time_embed.cond_proj",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -21,6 +25,21 @@ _UNET_RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+_OPENCLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm": "ln_final",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn": "attn",
+    "fc1": "c_fc",
+    "fc2": "c_proj",
+}
+_CLIP_PREFIX = "cond_stage_model.transformer."
+_OPENCLIP_PREFIX = "cond_stage_model.model."
+_SDXL_CLIP_PREFIX = "conditioner.embedders.0.transformer."
+_SDXL_OPENCLIP_PREFIX = "conditioner.embedders.{}.model."
 _VAE_ATTENTION = {
     "group_norm": "norm",
     "to_q": "q",
@@ -31,10 +50,12 @@ _VAE_ATTENTION = {
 
 
 def write_ldm_checkpoint(folder: Path, path: Path) -> None:
-    """Write the diffusers folder of a Stable Diffusion 1.x model as one .safetensors file."""
+    """Write the diffusers folder of a Stable Diffusion 1, 2 or XL model as one .safetensors file.
+
+    The text encoder of Stable Diffusion 2 and the second one of XL go to OpenCLIP's layout.
+    """
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
-    text = load_file(folder / "text_encoder" / "model.safetensors")
     unet_config = json.loads((folder / "unet" / "config.json").read_text())
     vae_config = json.loads((folder / "vae" / "config.json").read_text())
     weights = {f"model.diffusion_model.{_unet_key(k, unet_config)}": v for k, v in unet.items()}
@@ -42,10 +63,47 @@ def write_ldm_checkpoint(folder: Path, path: Path) -> None:
         name = f"first_stage_model.{_vae_key(key, vae_config)}"
         is_convolution = ".attn_1." in name and tensor.ndim == 2
         weights[name] = tensor[:, :, None, None] if is_convolution else tensor
-    for key, tensor in text.items():
-        name = key.removeprefix("text_model.")
-        weights[f"cond_stage_model.transformer.text_model.{name}"] = tensor
+    for prefix, name in _text_encoders(folder, unet_config).items():
+        text = load_file(folder / name / "model.safetensors")
+        is_openclip = prefix.endswith(".model.")
+        renamed = _openclip(text) if is_openclip else _clip(text)
+        weights |= {f"{prefix}{key}": tensor for key, tensor in renamed.items()}
     save_file({key: tensor.contiguous() for key, tensor in weights.items()}, path)
+
+
+def _text_encoders(folder: Path, unet_config: dict[str, Any]) -> dict[str, str]:
+    """The folder's text encoders, by what the names of their tensors begin with."""
+    if not (folder / "text_encoder_2").exists():
+        is_sd2 = unet_config["use_linear_projection"]
+        return {_OPENCLIP_PREFIX if is_sd2 else _CLIP_PREFIX: "text_encoder"}
+    if not (folder / "text_encoder").exists():
+        return {_SDXL_OPENCLIP_PREFIX.format(0): "text_encoder_2"}
+    return {
+        _SDXL_CLIP_PREFIX: "text_encoder",
+        _SDXL_OPENCLIP_PREFIX.format(1): "text_encoder_2",
+    }
+
+
+def _clip(weights: dict[str, Any]) -> dict[str, Any]:
+    return {f"text_model.{key.removeprefix('text_model.')}": t for key, t in weights.items()}
+
+
+def _openclip(weights: dict[str, Any]) -> dict[str, Any]:
+    renamed = {}
+    for key, tensor in weights.items():
+        name = key.removeprefix("text_model.")
+        for ours, theirs in _OPENCLIP.items():
+            name = name.replace(ours, theirs)
+        if name == "text_projection.weight":
+            renamed["text_projection"] = tensor.T
+        elif ".q_proj." in name:
+            # The three are one.
+            parts = [weights[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            kind = name.rpartition(".")[2]
+            renamed[name.replace(f".q_proj.{kind}", f".in_proj_{kind}")] = torch.cat(parts)
+        elif not (".k_proj." in name or ".v_proj." in name):
+            renamed[name] = tensor
+    return renamed
 
 
 def _unet_key(key: str, config: dict[str, Any]) -> str:
