@@ -12,7 +12,15 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-COMMANDS = ["perf.py", "batching.py", "decode.py", "overload.py", "fairness.py", "soak.py"]
+COMMANDS = [
+    "perf.py",
+    "batching.py",
+    "decode.py",
+    "overload.py",
+    "fairness.py",
+    "soak.py",
+    "memory.py",
+]
 
 
 @pytest.mark.parametrize("script", COMMANDS)
@@ -25,7 +33,7 @@ def test_a_command_says_what_it_does_from_any_folder(script, tmp_path, monkeypat
     assert "--output FILE" in result.stdout
 
 
-@pytest.mark.parametrize("script", ["batching.py", "soak.py"])
+@pytest.mark.parametrize("script", ["batching.py", "soak.py", "memory.py"])
 def test_a_repository_that_does_not_exist_is_named(script, tmp_path):
     result = run(script, str(tmp_path))
 

@@ -28,6 +28,12 @@ def test_values_are_read_and_the_rest_is_default() -> None:
         ({"max_rows": "many"}, "max_rows: 'many' is not a whole number"),
         ({"max_queue_size": "0"}, "max_queue_size: 0 is outside 1 to 1000000"),
         ({"warmup_rows": "9", "max_rows": "4"}, "warmup_rows: 9 is above max_rows, which is 4"),
+        (
+            {"vae_tile_size": "512", "vae_tile_overlap": "400"},
+            "vae_tile_overlap: 400 is above half of vae_tile_size, which is 512",
+        ),
+        ({"safety_checker": "on"}, "safety_checker: 'on' does not exist, there are off, flag, bla"),
+        ({"memory_profile": "tiny"}, "memory_profile: 'tiny' does not exist, there are full, bal"),
         ({"max_rowz": "4"}, r"max_rowz: no such engine parameter; there are .*'max_decode_rows'"),
     ],
 )

@@ -130,7 +130,7 @@ def test_a_refusal_is_told_in_a_line(
 def test_a_server_that_has_stopped_is_not_waited_for() -> None:
     control = TritonModelControl(f"http://127.0.0.1:{free_ports().http}")
 
-    with pytest.raises(NetworkFailed, match="cannot be loaded: .*Connection refused") as raised:
+    with pytest.raises(NetworkFailed, match=r"cannot be loaded: .*Connection refused") as raised:
         control.load("unet")
     assert raised.value.is_final
 

@@ -415,3 +415,20 @@ def test_what_a_picture_was_made_with_stands_in_it(harness: Harness) -> None:
     assert (facts["mode"], facts["strength"], facts["variant"]) == ("inpaint", 0.5, "watercolor")
     assert facts["controlnets"] == {"canny": 1.0}
     assert facts["loras"] == {"ink": 0.5}
+
+
+def test_large_pictures_are_decoded_and_encoded_in_tiles(
+    make_rich: Callable[..., Harness],
+) -> None:
+    """The fake decoder is local, so that its tiles are the picture."""
+    request = {"width": 128, "height": 96, "image": picture(1, (128, 96)), "strength": 0.5}
+    whole, *tiled = (
+        make_rich(vae_tile_size=size, vae_tile_overlap=16).picture(**request)
+        for size in (0, 128, 64, 48)
+    )
+
+    for picture_in_tiles in tiled:
+        first, other = (
+            np.asarray(Image.open(BytesIO(it))).astype(int) for it in (whole, picture_in_tiles)
+        )
+        assert np.abs(first - other).max() <= 1

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from engine_harness import Harness
 from fake_model_control import FakeServer
+from fake_networks import FakeNetworks
 
+from darkroom_engine import EngineConfig
 from darkroom_engine.errors import NetworkFailed
 from darkroom_engine.manifest import Manifest
 from darkroom_engine.profiles import MemoryProfile, Residence, TransientNetworks
@@ -215,6 +218,33 @@ class TestLow:
 
         assert server.loaded == {"vae_decoder"}
 
+    def test_one_whose_caller_rests_gives_way_at_once(
+        self, make: Make, server: FakeServer, pool: ThreadPoolExecutor
+    ) -> None:
+        networks = make("low")
+        call(networks, "unet")
+        decode = pool.submit(call, networks, "vae_decoder")
+        wait_until(lambda: len(networks._waiting) == 1)
+        assert server.loaded == {"unet"}
+        networks.rest()
+        decode.result(WAIT_S)
+
+        assert server.loaded == {"vae_decoder"}
+
+    def test_who_calls_again_rests_no_longer(
+        self, make: Make, server: FakeServer, pool: ThreadPoolExecutor
+    ) -> None:
+        networks = make("low")
+        networks.rest()
+        call(networks, "unet")
+        decode = pool.submit(call, networks, "vae_decoder")
+        wait_until(lambda: len(networks._waiting) == 1)
+        call(networks, "unet")
+        assert server.loaded == {"unet"}
+
+        networks.rest()
+        decode.result(WAIT_S)
+
     def test_a_running_call_is_waited_for(
         self, make: Make, server: FakeServer, pool: ThreadPoolExecutor
     ) -> None:
@@ -352,6 +382,24 @@ class TestFailures:
             call(networks, "text_encoder")
         wait_until(lambda: server.loaded == set())
 
+    def test_one_that_somebody_else_unloaded_is_back_after_a_call(
+        self, make: Make, server: FakeServer, profile: str
+    ) -> None:
+        networks = make(profile)
+        call(networks, "unet")
+
+        def fail_unless_loaded(network: str, inputs: Any, _: Any) -> list[np.ndarray]:
+            if server.told[-2:-1] != [f"+{network}"]:
+                raise NetworkFailed(network, "not ready")
+            return [inputs["x"]]
+
+        server.answer = fail_unless_loaded
+        with pytest.raises(NetworkFailed, match="not ready"):
+            call(networks, "unet")
+        call(networks, "unet")
+
+        assert server.told == ["+unet", "unet", "unet", "+unet", "unet"]
+
     def test_one_that_cannot_be_unloaded_is_tried_again(
         self, make: Make, server: FakeServer, profile: str
     ) -> None:
@@ -387,3 +435,33 @@ def test_what_is_in_the_way_and_cannot_leave_fails_the_caller(
     call(networks, "unet")
 
     assert server.loaded == {"unet"}
+
+
+@pytest.mark.parametrize("profile", ["balanced", "low"])
+def test_an_engine_makes_the_same_pictures_and_none_waits_for_ever(
+    manifest: Manifest, make_engine: Callable[..., Harness], server: FakeServer, profile: str
+) -> None:
+    """Requests of all lengths, whose prompts, steps and decodes push each other out."""
+    requests = [
+        {"prompt": f"cat number {number}", "seed": number, "num_inference_steps": 1 + 5 * number}
+        for number in range(6)
+    ]
+    plain = make_engine()
+    expected = [plain.picture(**request) for request in requests]
+    server.answer = FakeNetworks().run
+    residence = replace(
+        Residence.of(MemoryProfile(profile), manifest), idle_s=0.02, linger_s=0.005, min_turn_s=0.02
+    )
+    networks = TransientNetworks(server, server, residence)
+    harness = Harness(manifest, networks, EngineConfig())
+    harness.engine.start()
+    try:
+        futures = [harness.ask(**request) for request in requests]
+        made = [future.result(WAIT_S).pictures[0] for future in futures]
+    finally:
+        harness.engine.close()
+        networks.close()
+
+    assert made == expected
+    if profile == "low":
+        assert server.most_loaded == 1

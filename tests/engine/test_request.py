@@ -145,7 +145,10 @@ def zeros(*shape: int) -> np.ndarray:
             {"mask_image": b"", "image": picture((512, 512))},
             "mask_image: 0 bytes that are no readable picture",
         ),
-        ({"image": picture()}, "image: its width is 8, allowed are 128 to 1024; width says to what"),
+        (
+            {"image": picture()},
+            "image: its width is 8, allowed are 128 to 1024; width says to what",
+        ),
         (
             {"image": picture((512, 4096))},
             "image: its height is 4096, allowed are 128 to 1024; height says to what size",
@@ -153,7 +156,10 @@ def zeros(*shape: int) -> np.ndarray:
         ({"image": picture(), "width": 100, "height": 128}, "width: 100 is out of range"),
         ({"image": b"\x93NUMPY\x01\x00"}, "image: latents that cannot be read, allowed is a .npy"),
         ({"image": npy(np.zeros((4, 8, 8)))}, "image: latents of float64 and shape .4, 8, 8., all"),
-        ({"image": npy(zeros(3, 8, 8))}, r"image: latents of float32 and shape .3, 8, 8., .*\[4, h"),
+        (
+            {"image": npy(zeros(3, 8, 8))},
+            r"image: latents of float32 and shape .3, 8, 8., .*\[4, h",
+        ),
         ({"image": npy(zeros(4, 8))}, r"image: latents of float32 and shape .4, 8., allowed are"),
         ({"image": npy(zeros(4, 0, 8))}, "image: latents of shape .4, 0, 8., allowed are 1 to"),
         ({"image": npy(zeros(4, 8, 8) * np.nan)}, "image: latents of .* finite numbers"),
@@ -168,7 +174,10 @@ def zeros(*shape: int) -> np.ndarray:
         ({"lora": (b"pixelart",)}, "lora: 'pixelart' does not exist, there are none"),
         ({"lora_scale": (1.0,)}, "lora_scale: needs the names of adapters, lora"),
         ({"variant": b"watercolor"}, "variant: 'watercolor' does not exist, there are none"),
-        ({"cfg": 7.0}, "cfg: no such field; there are aesthetic_score, clip_skip, control_guidance"),
+        (
+            {"cfg": 7.0},
+            "cfg: no such field; there are aesthetic_score, clip_skip, control_guidance",
+        ),
     ],
 )
 def test_bad_fields_are_named_with_value_and_range(fields: dict[str, Any], message: str) -> None:

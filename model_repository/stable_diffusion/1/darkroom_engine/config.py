@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from darkroom_engine.profiles import MemoryProfile
 from darkroom_engine.safety import SafetyMode
 
 
@@ -27,11 +28,19 @@ class EngineConfig:
     """Memory for prompt embeddings kept between requests; 0 keeps none."""
     seconds_per_priority: int = 10
     """A level of `priority` counts as having arrived so much earlier."""
+    vae_tile_size: int = 1536
+    """Pictures with a longer side, in pixels, are encoded and decoded in tiles of this size; 0 takes
+    all in one piece."""
+    vae_tile_overlap: int = 128
+    """Over how many pixels neighbouring tiles are faded into each other."""
     heal_timeout_s: int = 60
     """How long requests wait for a network whose process died to be there again."""
     safety_checker: str = "off"
     """What the checkpoint's safety checker is for: `flag` tells of its findings, `blank` makes
     those pictures black besides."""
+    memory_profile: str = "full"
+    """`full` keeps all networks loaded, `balanced` the denoiser and the VAE decoder, and `low`
+    loads one after the other."""
 
     def __post_init__(self) -> None:
         for key, (low, high) in _RANGES.items():
@@ -43,6 +52,11 @@ class EngineConfig:
                 raise ValueError(
                     f"{key}: {getattr(self, key)!r} does not exist, there are {', '.join(choices)}"
                 )
+        if self.vae_tile_size and 2 * self.vae_tile_overlap > self.vae_tile_size:
+            raise ValueError(
+                f"vae_tile_overlap: {self.vae_tile_overlap} is above half of vae_tile_size, which "
+                f"is {self.vae_tile_size}"
+            )
         if self.max_rows is not None and self.warmup_rows > self.max_rows:
             raise ValueError(
                 f"warmup_rows: {self.warmup_rows} is above max_rows, which is {self.max_rows}"
@@ -77,9 +91,11 @@ _RANGES = {
     "max_queue_size": (1, 1_000_000),
     "max_decode_rows": (1, 1024),
     "overlap_decode": (0, 1),
+    "vae_tile_size": (0, 65_536),
+    "vae_tile_overlap": (0, 32_768),
     "warmup_rows": (0, 1024),
     "prompt_cache_bytes": (0, 2**40),
     "seconds_per_priority": (0, 86_400),
     "heal_timeout_s": (0, 3600),
 }
-_CHOICES = {"safety_checker": tuple(SafetyMode)}
+_CHOICES = {"safety_checker": tuple(SafetyMode), "memory_profile": tuple(MemoryProfile)}

@@ -41,10 +41,12 @@ class Developer:
         record: Record,
         is_overlapped: bool,
         on_progress: Callable[[], None],
+        rest: Callable[[], None],
     ) -> None:
         """Decode up to `max_decode_rows` samples a call, beside the steps if `is_overlapped`.
 
-        `on_progress` is called when `backlog` has become less, or a job is held no longer.
+        `on_progress` is called when `backlog` has become less, or a job is held no longer; `rest`
+        when there is nothing to do.
         """
         self._networks = networks
         self._vae = vae
@@ -54,6 +56,7 @@ class Developer:
         self._pace = pace
         self._is_overlapped = is_overlapped
         self._on_progress = on_progress
+        self._rest = rest
         self._num_submitted = 0
         self._num_developed = 0
         self._record = record
@@ -109,6 +112,8 @@ class Developer:
     def _run(self) -> None:
         is_open = True
         while is_open:
+            if self._arrived.empty():
+                self._rest()
             arrived = [self._arrived.get()]
             while not self._arrived.empty():
                 arrived.append(self._arrived.get())

@@ -27,16 +27,16 @@ class Door:
     the newer takes the place of the older, and the older leaves that place alone.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        """Make the socket, which takes its place when it is started.
+    def __init__(self, engine: Engine, model: str) -> None:
+        """Make the socket of that model, which takes its place when it is started.
 
         Raises:
             OSError: the socket cannot be made where it has to be.
         """
         self._engine = engine
         wire.make_runtime_dir()
-        self._path = wire.socket_path()
-        own_path = self._path.with_name(f"engine-{secrets.token_hex(4)}.sock")
+        self._path = wire.socket_path(model)
+        own_path = self._path.with_name(f"{model}-{secrets.token_hex(4)}.sock")
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.bind(str(own_path))

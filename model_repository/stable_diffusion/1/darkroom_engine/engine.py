@@ -42,6 +42,10 @@ def _never() -> bool:
     return False
 
 
+def _always() -> bool:
+    return True
+
+
 def _do_nothing() -> None:
     pass
 
@@ -61,13 +65,19 @@ class Engine:
         networks: Networks,
         config: EngineConfig,
         record: Record = record_nothing,
+        *,
         on_warm: Callable[[], None] = _do_nothing,
+        is_change_due: Callable[[], bool] = _always,
+        rest: Callable[[], None] = _do_nothing,
     ) -> None:
         """Prepare an engine.
 
         Args:
             record: takes what is to be counted and measured.
             on_warm: called on the engine's thread when requests begin to run.
+            is_change_due: asked whether newcomers may begin, who need other networks than those
+                that have begun; see `TransientNetworks`.
+            rest: called by a thread that has nothing to do for now.
 
         Raises:
             ValueError: a setting that does not fit the checkpoint.
@@ -76,6 +86,8 @@ class Engine:
         self._config = config
         self._record = record
         self._on_warm = on_warm
+        self._is_change_due = is_change_due
+        self._rest = rest
         denoiser = manifest.denoiser.network
         self._max_batch_size = manifest.networks[denoiser].max_batch_size
         if config.max_rows is not None and config.max_rows > self._max_batch_size:
@@ -97,7 +109,7 @@ class Engine:
             manifest.text, manifest.directory, self._networks, config.prompt_cache_bytes
         )
         self._denoiser = Denoiser(manifest, self._networks)
-        self._vae = Vae(manifest, self._networks)
+        self._vae = Vae(manifest, self._networks, config.vae_tile_size, config.vae_tile_overlap)
         self._safety_checker = SafetyChecker(
             manifest, self._networks, SafetyMode(config.safety_checker)
         )
@@ -116,6 +128,7 @@ class Engine:
             record=record,
             is_overlapped=bool(config.overlap_decode),
             on_progress=self._wake,
+            rest=rest,
         )
         self._reporter = Reporter(manifest, lambda n: record(metrics.DROPPED_EVENTS, n))
         self._watcher = Watcher()
@@ -249,6 +262,9 @@ class Engine:
         with self._changed:
             self._scheduler.retire()
             samples = self._scheduler.next_batch(time.monotonic())
+        begun = [sample for sample in samples if sample.is_started]
+        if begun and not self._is_change_due():
+            samples = begun
         started = [sample for sample in samples if sample.is_started or self._start(sample)]
         if started:
             self._step(started)
@@ -283,6 +299,8 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the engine is to stop."""
         with self._changed:
+            if not (self._can_turn or self._is_closing):
+                self._rest()
             self._changed.wait_for(lambda: self._can_turn or self._is_closing)
             return not self._is_closing
 

@@ -15,10 +15,15 @@ logger = logging.getLogger(__name__)
 class JsonFormatter(logging.Formatter):
     """One line of JSON a record; what is passed as `extra={"fields": {...}}` stands in it."""
 
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self._model = model
+
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
+            "model": self._model,
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
         }
@@ -27,10 +32,13 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
-def log_to_stderr() -> None:
-    """Send the log of this process to stderr, which Triton puts into the server's."""
+def log_to_stderr(model: str) -> None:
+    """Send the log of this process to stderr, which Triton puts into the server's.
+
+    Every line names the model, since a server may have several.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(JsonFormatter(model))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 

@@ -25,7 +25,7 @@ class Metric:
     kind: Kind
     description: str
     label: str | None = None
-    """The one label that its series differ in."""
+    """The one label that its series differ in, besides the model."""
     buckets: tuple[float, ...] = ()
 
 
@@ -97,11 +97,16 @@ DROPPED_EVENTS = Metric(
     Kind.COUNTER,
     "Step and preview events that were left out because their reader was too slow",
 )
+DROPPED_RECORDS = Metric(
+    "darkroom_dropped_records_total",
+    Kind.COUNTER,
+    "What these metrics lack: records that were left out because nobody took them",
+)
 
 METRICS = (
     *(REQUESTS, REQUEST_SECONDS, QUEUE_SECONDS, STEP_SECONDS, BATCH_ROWS, BATCH_PICTURES),
     *(MAX_ROWS, DECODE_SECONDS, IMAGES, WAITING, RUNNING, PROMPT_LOOKUPS, PROMPT_BYTES),
-    *(NETWORK_FAILURES, DROPPED_EVENTS),
+    *(NETWORK_FAILURES, DROPPED_EVENTS, DROPPED_RECORDS),
 )
 
 

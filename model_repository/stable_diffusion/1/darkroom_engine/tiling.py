@@ -66,7 +66,9 @@ class Strip:
         """0 before the fade, 1 after it."""
         start, stop = fade
         middles = np.arange(self.start * factor, self.stop * factor) + 0.5
-        return np.clip((middles - start * factor) / max(1, (stop - start) * factor), 0.0, 1.0)
+        # A fade of no width is a step.
+        width = (stop - start) * factor or 0.5
+        return np.clip((middles - start * factor) / width, 0.0, 1.0)
 
 
 def strips(length: int, tile: int, overlap: int) -> list[Strip]:
@@ -94,20 +96,19 @@ def strips(length: int, tile: int, overlap: int) -> list[Strip]:
     ]
 
 
-def _run_tiled(run: Run, whole: Array, tile: int, overlap: int, taken: int, made: int) -> Array:
+def _run_tiled(run: Run, whole: Array, tile: int, overlap: int, *, taken: int, made: int) -> Array:
     """Run `whole` (B, ..., H, W); `taken` and `made` of its elements in and out make a latent."""
     height, width = (side // taken for side in whole.shape[2:])
     rows, columns = strips(height, tile, overlap), strips(width, tile, overlap)
     if len(rows) == len(columns) == 1:
         return run(whole)
+    tiles = list(product(rows, columns))
     results = []
     for picture in whole:
-        result: Array | None = None
-        for row, column in product(rows, columns):
-            piece = picture[:, row.span(taken), column.span(taken)]
-            output = run(np.ascontiguousarray(piece[None]))[0]
-            if result is None:
-                result = np.zeros((len(output), made * height, made * width), np.float32)
+        pieces = [picture[None, :, row.span(taken), column.span(taken)] for row, column in tiles]
+        outputs = [run(np.ascontiguousarray(piece))[0] for piece in pieces]
+        result = np.zeros((len(outputs[0]), made * height, made * width), np.float32)
+        for (row, column), output in zip(tiles, outputs, strict=True):
             weights = np.outer(row.weights(made), column.weights(made))
             result[:, row.span(made), column.span(made)] += weights * output
         results.append(result)

@@ -1,5 +1,6 @@
 """The VAE: pictures to latents and back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from darkroom_engine.errors import NetworkFailed
 from darkroom_engine.manifest import VAE_DECODER, VAE_ENCODER, Manifest
 from darkroom_engine.networks import Shape
 from darkroom_engine.steady import SteadyNetworks
+from darkroom_engine.tiling import Run, decode_tiled, encode_tiled
 
 Array = NDArray[np.float32]
 
@@ -33,7 +35,20 @@ class Posterior:
 class Vae:
     """Decodes and encodes by the networks `vae_decoder` and `vae_encoder`."""
 
-    def __init__(self, manifest: Manifest, networks: SteadyNetworks) -> None:
+    def __init__(
+        self, manifest: Manifest, networks: SteadyNetworks, tile_size: int, tile_overlap: int
+    ) -> None:
+        """Take pictures with a side above `tile_size` pixels in tiles; 0 takes all in one piece.
+
+        Raises:
+            ValueError: `tile_size` is less than a latent.
+        """
+        factor = manifest.vae_scale_factor
+        if 0 < tile_size < factor:
+            raise ValueError(
+                f"vae_tile_size: {tile_size} is below {factor}, allowed are 0 and more"
+            )
+        self._tile, self._overlap = tile_size // factor, tile_overlap // factor
         self._networks = networks
         self._scale_factor = manifest.vae_scale_factor
         self._scaling = np.float32(manifest.vae_scaling_factor)
@@ -43,11 +58,11 @@ class Vae:
     def decode(self, latents: Array) -> Array:
         """Latents (B, C, h, w) of the denoising loop to pixels (B, 3, 8h, 8w) in [-1, 1]."""
         unscaled = latents / self._scaling + self._shift
-        return self._decode(unscaled)
+        return self._tiled(decode_tiled, self._decode, unscaled)
 
     def encode(self, pixels: Array) -> Posterior:
         """Pixels (3, 8h, 8w) in [-1, 1] to latents (C, h, w)."""
-        parameters = self._encode(pixels[None])[0]
+        parameters = self._tiled(encode_tiled, self._encode, pixels[None])[0]
         if not np.isfinite(parameters).all():
             raise NetworkFailed(VAE_ENCODER, "output is not finite")
         mean, log_variance = np.split(parameters, 2)
@@ -72,6 +87,11 @@ class Vae:
             (made,) = self._networks.first_run(network, inputs, [output], timeout_s)
             if made.shape != expected:
                 raise NetworkFailed(network, f"made {made.shape}, expected {expected}")
+
+    def _tiled(self, run_tiled: Callable[..., Array], run: Run, whole: Array) -> Array:
+        if not self._tile:
+            return run(whole)
+        return run_tiled(run, whole, self._scale_factor, self._tile, self._overlap)
 
     def _decode(self, latents: Array) -> Array:
         return self._networks.run(VAE_DECODER, {"latent_sample": latents}, ["sample"])[0]
