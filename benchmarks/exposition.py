@@ -4,10 +4,12 @@ import re
 import urllib.request
 from collections.abc import Mapping
 
+from darkroom.protocol import MODEL
+
 _LINE = re.compile(r"^(?P<series>[a-zA-Z_:][\w:]*(\{.*\})?) (?P<value>\S+)( \d+)?$")
 
 Series = Mapping[str, float]
-"""Values by name and labels, as the text has them: `darkroom_requests_total{outcome="image"}`."""
+"""Values by name and labels, as the text has them: `darkroom_images_total{model="sdxl"}`."""
 
 
 def scrape(url: str, timeout: float = 10.0) -> Series:
@@ -26,12 +28,12 @@ def parse(text: str) -> Series:
 
 
 def by_label(series: Series, name: str, label: str) -> dict[str, float]:
-    """The values of a metric by its one label."""
-    pattern = re.compile(rf'{name}\{{{label}="(.*)"\}}')
+    """The values of a metric of the one engine, by the label that is not the model's."""
+    pattern = re.compile(rf'{name}\{{model="{MODEL}",{label}="(.*)"\}}')
     matches = {pattern.fullmatch(key): value for key, value in series.items()}
     return {match[1]: value for match, value in matches.items() if match}
 
 
 def total(series: Series, name: str) -> float:
-    """The value of a metric without labels; 0 if it was never set."""
-    return series.get(name, 0.0)
+    """The value of a metric of the one engine without other labels; 0 if it was never set."""
+    return series.get(f'{name}{{model="{MODEL}"}}', 0.0)

@@ -31,8 +31,8 @@ def mask() -> Image.Image:
 
 
 WITHOUT_SHIFT = ("StableDiffusion3InpaintPipeline",)
-"""Pipelines that forget the VAE's shift when they decode, in diffusers 0.42: their latents are right,
-and are decoded as its other pipelines decode them."""
+"""Pipelines that forget the VAE's shift when they decode, in diffusers 0.42: their latents are
+right, and are decoded as its other pipelines decode them."""
 
 
 class Reference:

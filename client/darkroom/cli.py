@@ -22,10 +22,13 @@ from darkroom.options import Options
 from darkroom.picture import Picture
 from darkroom.probe import probe
 from darkroom.progress import terminal_progress
+from darkroom.served_models import Source
 from darkroom.step_line import StepLine
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+LOW_PROBE_INTERVAL_S = 120.0
+LOW_PROBE_TIMEOUT_S = 600.0
 DENOISING_END = 0.8
 """Where a base model leaves off for its refiner, as in diffusers' examples of SDXL."""
 
@@ -55,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_probe(commands)
     _add_export(commands)
+    _add_add_lora(commands)
     _add_random_checkpoint(commands)
     return parser
 
@@ -158,11 +162,34 @@ def _add_cancel(commands: Any) -> None:
 
 
 def _add_serve(commands: Any) -> None:
-    parser = commands.add_parser("serve", help="serve an exported repository on this machine")
-    parser.add_argument("repository", type=Path, metavar="REPOSITORY")
+    parser = commands.add_parser("serve", help="serve exported repositories on this machine")
+    parser.add_argument(
+        "repositories",
+        nargs="+",
+        metavar="[NAME=]REPOSITORY",
+        help="NAME is what its model is called; of those without, the first is stable_diffusion, "
+        "and the others are called as their folders",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     for name, number in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
         parser.add_argument(f"--{name}-port", type=int, default=number, metavar="PORT")
+    parser.add_argument(
+        "--max-rows",
+        type=_max_rows,
+        metavar="N",
+        help="rows of one call of the denoiser, or auto: as many as fit into memory",
+    )
+    parser.add_argument(
+        "--memory-profile",
+        choices=["low", "balanced", "full"],
+        default="full",
+        help="what to save memory for, at the price of time; default: %(default)s, nothing",
+    )
+    parser.add_argument(
+        "--safety-checker",
+        choices=["off", "flag", "blank"],
+        help="what happens to pictures that the checkpoint's safety checker finds not safe",
+    )
     parser.add_argument(
         "--response-cache",
         type=_bytes,
@@ -198,6 +225,7 @@ def _add_probe(commands: Any) -> None:
         "probe", help="ask a server for its smallest picture, to see whether it works"
     )
     parser.add_argument("--url", default="localhost:8001", help="default: %(default)s, gRPC")
+    parser.add_argument("--model", default=protocol.MODEL, help="default: %(default)s")
     parser.add_argument("--timeout", type=_seconds, default=60.0, metavar="SECONDS")
     parser.set_defaults(run=_probe)
 
@@ -213,7 +241,54 @@ def _add_export(commands: Any) -> None:
         "--config", metavar="FOLDER", help="the architecture of a single .safetensors file"
     )
     parser.add_argument("--force", action="store_true", help="replace another repository")
+    parser.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        type=_named,
+        metavar="NAME=PATH",
+        help="export a ControlNet too, as NAME; may be repeated",
+    )
+    parser.add_argument(
+        "--safety-checker", action="store_true", help="export the checkpoint's safety checker too"
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=_named,
+        metavar="NAME=PATH",
+        help="a LoRA that requests may ask for as NAME, each for its own share; may be repeated",
+    )
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        type=_named,
+        metavar="NAME=PATH[:SCALE]",
+        help="a LoRA in further networks, that requests may ask for as NAME; may be repeated",
+    )
+    parser.add_argument(
+        "--fuse-lora",
+        action="append",
+        default=[],
+        type=_scaled,
+        metavar="PATH[:SCALE]",
+        help="a LoRA that becomes part of the weights; may be repeated",
+    )
+    parser.add_argument("--default-steps", type=int, metavar="N", help="if a request does not say")
+    parser.add_argument("--default-guidance-scale", type=float, metavar="X")
+    parser.add_argument("--default-sampler", metavar="SAMPLER")
     parser.set_defaults(run=_export)
+
+
+def _add_add_lora(commands: Any) -> None:
+    parser = commands.add_parser(
+        "add-lora", help="add LoRAs to a repository that was exported with some, in seconds"
+    )
+    parser.add_argument("repository", type=Path, metavar="REPOSITORY")
+    parser.add_argument("loras", nargs="+", type=_named, metavar="NAME=PATH")
+    parser.set_defaults(run=_add_lora)
 
 
 def _add_random_checkpoint(commands: Any) -> None:
@@ -434,12 +509,13 @@ def _serve(options: argparse.Namespace) -> int:
     from darkroom.supervisor import Patience, Supervisor  # noqa: PLC0415
 
     server = Server(
-        options.repository,
+        [Source.parse(text) for text in options.repositories],
         Ports(options.host, options.http_port, options.grpc_port, options.metrics_port),
         terminal_progress,
         options.response_cache,
         log_file=options.log_file,
         trace_config=options.trace_config,
+        engine_parameters=_engine_parameters(options),
     )
 
     def interrupt(*_: object) -> None:
@@ -450,12 +526,20 @@ def _serve(options: argparse.Namespace) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interrupt)
         server.start()
+        models = ", ".join(f"{model.name} ({model.repository})" for model in server.models)
         print(
-            f"ready: {options.repository} at gRPC {server.grpc_url}, HTTP {server.http_url}, "
+            f"ready: {models} at gRPC {server.grpc_url}, HTTP {server.http_url}, "
             f"metrics {server.metrics_url}; Ctrl-C stops it",
             flush=True,
         )
-        Supervisor(server, _tell, Patience(probe_timeout_s=options.probe_timeout)).run()
+        patience = Patience(probe_timeout_s=options.probe_timeout)
+        if options.memory_profile == "low":
+            # There a picture loads networks, after those that are in use had their turn.
+            patience = Patience(
+                probe_interval_s=LOW_PROBE_INTERVAL_S,
+                probe_timeout_s=max(options.probe_timeout, LOW_PROBE_TIMEOUT_S),
+            )
+        Supervisor(server, _tell, patience).run()
         _tell("stopping")
     except ServeInterrupted:
         return EXIT_INTERRUPTED
@@ -464,9 +548,20 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _engine_parameters(options: argparse.Namespace) -> dict[str, str]:
+    """The engines' settings that were chosen; what is left out is as the repositories have it."""
+    memory_profile = None if options.memory_profile == "full" else options.memory_profile
+    chosen = {
+        "max_rows": options.max_rows,
+        "memory_profile": memory_profile,
+        "safety_checker": options.safety_checker,
+    }
+    return {key: value for key, value in chosen.items() if value is not None}
+
+
 def _probe(options: argparse.Namespace) -> int:
     start = time.monotonic()
-    with Client(options.url) as client:
+    with Client(options.url, model=options.model) as client:
         try:
             picture = probe(client, options.timeout)
         except QueueFull as error:
@@ -496,11 +591,34 @@ def _export(options: argparse.Namespace) -> int:
             config=options.config,
             force=options.force,
             progress=terminal_progress,
+            controlnets=_once("--controlnet", options.controlnet),
+            safety_checker=options.safety_checker,
+            loras=_once("--lora", options.lora),
+            variants={
+                name: [_scaled(path) for given, path in options.variant if given == name]
+                for name, _ in options.variant
+            },
+            fused_loras=options.fuse_lora,
+            num_inference_steps=options.default_steps,
+            guidance_scale=options.default_guidance_scale,
+            sampler=options.default_sampler,
         )
     except ExportError as error:
         raise DarkroomError(str(error)) from error
     state = "exported and verified" if is_new else "up to date"
     print(f"{options.repository}: {state}; next: darkroom serve {options.repository}")
+    return 0
+
+
+def _add_lora(options: argparse.Namespace) -> int:
+    with _extra("export"):
+        from darkroom_export import ExportError, add_adapters  # noqa: PLC0415  an extra
+    adapters = {name: Path(path) for name, path in options.loras}
+    try:
+        add_adapters(options.repository, adapters)
+    except ExportError as error:
+        raise DarkroomError(str(error)) from error
+    print(f"{options.repository}: has {', '.join(adapters)}; a server takes them at its next start")
     return 0
 
 
@@ -518,6 +636,30 @@ def _random_checkpoint(options: argparse.Namespace) -> int:
     return 0
 
 
+def _named(text: str) -> tuple[str, str]:
+    """The two sides of NAME=PATH."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH")
+    return name, path
+
+
+def _once(option: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise DarkroomError(f"{option}: every name may be given once")
+    return named
+
+
+def _scaled(text: str) -> tuple[str, float]:
+    """The two sides of PATH:SCALE, the second 1 where there is none."""
+    path, separator, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if separator else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def _bytes(text: str) -> int:
     """A size such as 64MB; units are powers of 1024."""
     match = re.fullmatch(r"(\d+)(KB|MB|GB)", text.upper())
@@ -530,6 +672,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _max_rows(text: str) -> str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows, or auto")
+    return text
 
 
 def _seconds(text: str) -> float:

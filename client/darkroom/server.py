@@ -2,14 +2,14 @@
 
 import contextlib
 import ctypes
-import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from pathlib import Path
@@ -17,42 +17,42 @@ from types import TracebackType
 from typing import Any, Self
 
 import tritonclient.grpc
-from google.protobuf import json_format, text_format
-from tritonclient.grpc import model_config_pb2
+from google.protobuf import json_format
 from tritonclient.utils import InferenceServerException
 
 from darkroom.background import in_background
 from darkroom.client import Client
 from darkroom.distribution import Distribution
-from darkroom.exceptions import DarkroomError
+from darkroom.exceptions import DarkroomError, QueueFull
 from darkroom.guard import Guard
+from darkroom.model_view import CONFIG, model_repository, read_config
 from darkroom.picture import Picture
 from darkroom.ports import Ports, check_ports, free_ports
 from darkroom.probe import probe
 from darkroom.process import is_alive
 from darkroom.progress import Progress, silent_progress
-from darkroom.protocol import MODEL
 from darkroom.serve_error import ServeError, ServeInterrupted
+from darkroom.served_models import SERVER_MODEL, ServedModel, Source, read_models
 from darkroom.server_log import ServerLog
 from darkroom.stubs import Stubs, bury_group, kill_group
 from darkroom.trace_config import check_trace_setting
 
-__all__ = ["Ports", "ServeError", "ServeInterrupted", "Server", "free_ports"]
+__all__ = ["Ports", "ServeError", "ServeInterrupted", "Server", "Source", "free_ports"]
 
 START_TIMEOUT_S = 600.0
 EXIT_TIMEOUT_S = 10
 STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 5.0
 """Triton ends by itself after the first, if it can."""
+STACK_BYTES = 256 * 2**20
+"""Of each of the server's threads, as far as it needs that much."""
 _CALL_TIMEOUT_S = 1.0
 _POLL_S = 0.1
-_FACES = (MODEL, f"{MODEL}_stream", f"{MODEL}_cancel")
-"""The models that answer clients, in the order in which they are loaded."""
 _PREFIX = "darkroom-"
 _SHM = Path("/dev/shm")  # noqa: S108  where Triton's Python backend keeps its shared memory
 
 
 class Server:
-    """A running tritonserver with the models of one repository.
+    """A running tritonserver with the models of one repository, or of several.
 
     It ends when the thread that started it does, so that a killed program leaves no server.
 
@@ -65,44 +65,64 @@ class Server:
 
     def __init__(
         self,
-        repository: Path,
+        repositories: Path | Sequence[Path | Source],
         ports: Ports | None = None,
         progress: Progress = silent_progress,
         response_cache_bytes: int = 0,
         *,
         log_file: Path | None = None,
         trace_config: Sequence[str] = (),
+        engine_parameters: Mapping[str, str] | None = None,
     ) -> None:
         """Prepare a server.
 
         Args:
+            repositories: of several, the model of the first that no name was chosen for is called
+                `stable_diffusion`, and those of the others as their folders.
             response_cache_bytes: memory for whole answers: a request that equals an earlier one in
                 every input is then answered without the engine; 0 keeps none.
             log_file: what the server's log is appended to; without one it goes with the server.
             trace_config: Triton's settings of its tracing, such as "mode=opentelemetry".
+            engine_parameters: settings of all engines, in place of those in their config.pbtxt.
 
         Raises:
-            ServeError: there is no exported repository, or a trace setting that Triton would not
-                take or not heed.
+            ServeError: there is no exported repository, a name that no model can have, or a trace
+                setting that Triton would not take or not heed.
         """
         for setting in trace_config:
             check_trace_setting(setting)
-        self.repository = repository.resolve()
+        if isinstance(repositories, Path):
+            repositories = [repositories]
+        self.models = read_models(
+            [it if isinstance(it, Source) else Source(it) for it in repositories]
+        )
+        self.repository = self.models[0].repository
+        self.networks = [network for model in self.models for network in model.networks]
         self.ports = ports or Ports()
         self._progress = progress
         self._response_cache_bytes = response_cache_bytes
         self._trace_config = trace_config
-        manifest = _read_manifest(self.repository)
-        self.networks = list(manifest["networks"])
-        self._min_size = int(manifest["limits"]["min_size"])
+        self._engine_parameters = engine_parameters or {}
         _remove_leftovers()
         self._runtime = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self._sockets = self._runtime / "sockets"
+        self._model_repository = self.repository
         self._log = ServerLog(log_file or self._runtime / "tritonserver.log")
         self._shm_prefix = f"{self._runtime.name}_"
         self._process: subprocess.Popen[bytes] | None = None
         self._stubs: Stubs | None = None
         self._guard: Guard | None = None
+
+    @property
+    def reloadable(self) -> list[str]:
+        """The models that can be loaded anew while the others go on: no client waits for them."""
+        return [SERVER_MODEL, *self.networks]
+
+    @property
+    def _loaded_first(self) -> list[str]:
+        """What the server loads when it starts; engines that save memory load their networks."""
+        is_full = self._engine_parameters.get("memory_profile", "full") == "full"
+        return self.reloadable if is_full else [SERVER_MODEL]
 
     @property
     def grpc_url(self) -> str:
@@ -148,24 +168,31 @@ class Server:
         self._end(is_graceful=False)
         self._bring_up(time.monotonic() + timeout, silent_progress)
 
-    def reload(self, network: str) -> None:
-        """Unload a network and load it again, while the engine goes on.
+    def reload(self, model: str) -> None:
+        """Unload a model and load it again, while the engines go on.
 
         Raises:
             ServeInterrupted, ServeError: as of `start`.
         """
-        self._call(f"{network} cannot be unloaded", lambda triton: triton.unload_model(network))
-        self._call(f"{network} cannot be loaded", lambda triton: triton.load_model(network))
+        self._call(f"{model} cannot be unloaded", lambda triton: triton.unload_model(model))
+        self._call(f"{model} cannot be loaded", lambda triton: triton.load_model(model))
 
-    def make_probe_picture(self, timeout: float) -> Picture:
-        """Ask for the smallest picture there is.
+    def make_probe_pictures(self, timeout: float) -> list[Picture]:
+        """Ask each engine in turn for the smallest picture there is, and give it so much time.
 
         Raises:
-            QueueFull: too many requests wait.
-            DarkroomError: the server failed, or gave no answer.
+            QueueFull: too many requests wait for one of them; all others made their picture.
+            DarkroomError: one of them failed, or gave no answer.
         """
-        with Client(self.grpc_url) as client:
-            return probe(client, timeout, self._min_size)
+        pictures, refusals = [], []
+        for model in self.models:
+            try:
+                pictures.append(self._probe_picture(model, timeout))
+            except QueueFull as error:
+                refusals.append(error)
+        if refusals:
+            raise refusals[0]
+        return pictures
 
     def dead_stubs(self) -> dict[int, str]:
         """The models whose process has died, by process id, those that were reloaded too."""
@@ -210,9 +237,11 @@ class Server:
             self._launch()
             self._wait_until_live(give_up_at)
         with progress("loading the engine"):
-            for model in _FACES:
-                if model == MODEL or (self.repository / model).is_dir():
-                    self._load(model)
+            for model in self.models:
+                self._load(model.name, "the engine", self._engine_config(model))
+            for model in self.models:
+                for face in model.faces:
+                    self._load(face, face)
 
     def _end(self, *, is_graceful: bool) -> None:
         """End all processes of the server, and remove their shared memory."""
@@ -221,7 +250,8 @@ class Server:
             return
         # Requests that run may end, but not without a network or with the engine's process dead:
         # the clients would only wait in vain until the server is gone.
-        if is_graceful and not (self._stubs and self._stubs.lost_models()):
+        lost = self._stubs.lost_models() - {SERVER_MODEL} if self._stubs else set()
+        if is_graceful and not lost:
             os.kill(process.pid, signal.SIGTERM)
             give_up_at = time.monotonic() + STOP_TIMEOUT_S
             while not _end_of(process) and time.monotonic() < give_up_at:
@@ -242,13 +272,14 @@ class Server:
         if not backends.exists():
             backends.mkdir()
             distribution.assemble_backend(backends)
+        self._model_repository = model_repository(self.models, self._runtime / "models")
         # Where the engine listens; what an earlier one left there is no use to anybody.
         shutil.rmtree(self._sockets, ignore_errors=True)
         self._sockets.mkdir(mode=0o700)
         ports = self.ports
         command = [
             str(distribution.binary),
-            f"--model-repository={self.repository}",
+            f"--model-repository={self._model_repository}",
             f"--backend-directory={backends}",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
             f"--http-address={ports.host}",
@@ -259,9 +290,9 @@ class Server:
             f"--metrics-port={ports.metrics}",
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
-            # The engine calls the networks, so that it is loaded after them, through the API.
+            # An engine calls the networks, so that it is loaded after them, through the API.
             "--model-control-mode=explicit",
-            *(f"--load-model={name}" for name in self.networks),
+            *(f"--load-model={name}" for name in self._loaded_first),
             *(f"--trace-config={setting}" for setting in self._trace_config),
         ]
         if self._response_cache_bytes:
@@ -279,12 +310,14 @@ class Server:
                 env={
                     **distribution.environment(),
                     "DARKROOM_RUNTIME_DIR": str(self._sockets),
+                    # For an engine that has networks loaded and unloaded.
+                    "DARKROOM_HTTP_URL": self.http_url,
                 },
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509  one call, no locks, no allocation
+                preexec_fn=_prepare_process,  # noqa: PLW1509  two calls, no locks
             )
         self._stubs = Stubs(self._process.pid)
         self._guard = Guard(
@@ -304,11 +337,9 @@ class Server:
                     raise self.failure("the networks were not loaded in time")
                 time.sleep(_POLL_S)
 
-    def _load(self, model: str) -> None:
-        config = self._engine_config() if model == MODEL else None
-        name = "the engine" if model == MODEL else model
+    def _load(self, model: str, called: str, config: str | None = None) -> None:
         self._call(
-            f"{name} cannot be loaded", lambda triton: triton.load_model(model, config=config)
+            f"{called} cannot be loaded", lambda triton: triton.load_model(model, config=config)
         )
 
     def _call(
@@ -325,23 +356,34 @@ class Server:
         except InferenceServerException as error:
             raise self.failure(f"{failure}: {error.message()}") from error
 
-    def _engine_config(self) -> str | None:
+    def _engine_config(self, model: ServedModel) -> str | None:
         """The engine's config as JSON where it differs from the repository's, else None."""
-        if not self._response_cache_bytes:
+        if not self._response_cache_bytes and not self._engine_parameters:
             return None
-        text = (self.repository / MODEL / "config.pbtxt").read_text()
-        config = text_format.Parse(text, model_config_pb2.ModelConfig())
-        config.response_cache.enable = True
+        config = read_config(self._model_repository / model.name / CONFIG)
+        if self._response_cache_bytes:
+            config.response_cache.enable = True
+        for key, value in self._engine_parameters.items():
+            config.parameters[key].string_value = value
         return str(json_format.MessageToJson(config, preserving_proto_field_name=True))
 
     def _probe(self, give_up_at: float) -> None:
         timeout = give_up_at - time.monotonic()
         try:
-            self._wait_for(in_background(lambda: self.make_probe_picture(timeout)))
+            self._wait_for(in_background(lambda: self.make_probe_pictures(timeout)))
         except ServeError:
             raise
         except DarkroomError as error:
             raise self.failure(f"the probe picture failed: {error}") from error
+
+    def _probe_picture(self, model: ServedModel, timeout: float) -> Picture:
+        with Client(self.grpc_url, model=model.name) as client:
+            try:
+                return probe(client, timeout, model.min_size)
+            except DarkroomError as error:
+                if len(self.models) == 1:
+                    raise
+                raise type(error)(f"{model.name}: {error}") from error
 
     def _wait_for(self, answer: Future[Any]) -> None:
         """Wait for an answer of the server for as long as one can still come.
@@ -353,7 +395,7 @@ class Server:
         while not wait_for([answer], _POLL_S).done:
             self.check()
             for model in self.dead_stubs().values():
-                if model not in self.networks:
+                if model not in self.reloadable:
                     raise self.failure(f"{model} died")
         answer.result()
 
@@ -371,26 +413,6 @@ def _end_of(process: subprocess.Popen[bytes]) -> str | None:
     return f"was killed by signal {end.si_status} ({signal.strsignal(end.si_status)})"
 
 
-def _read_manifest(repository: Path) -> dict[str, Any]:
-    """What the manifest says of a repository; the engine checks it in full."""
-    path = repository / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
-        if not isinstance(manifest["networks"], dict):
-            raise TypeError("networks is no object")
-        int(manifest["limits"]["min_size"])
-    except FileNotFoundError:
-        raise ServeError(
-            f"{path} is missing: {repository} is no exported repository; "
-            "darkroom export CHECKPOINT REPOSITORY makes one"
-        ) from None
-    except OSError as error:
-        raise ServeError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ServeError(f"{path}: malformed, {error!r}") from None
-    return manifest
-
-
 def _remove_leftovers() -> None:
     """Remove what servers left behind whose program was killed and could not clean up."""
     for entry in (*Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"), *_SHM.glob(f"{_PREFIX}*")):
@@ -401,7 +423,15 @@ def _remove_leftovers() -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _die_with_parent() -> None:
-    """Ask the kernel to stop this process when its parent is gone, even if that was killed."""
+def _prepare_process() -> None:
+    """Prepare the process that becomes the server.
+
+    It is to stop when its parent is gone, even if that was killed, which the kernel sees to. And it
+    needs more stack than the usual 8 MB: there Triton puts the bodies of HTTP requests, twice, and
+    3 MB of a picture in JSON end the server.
+    """
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    _, most = resource.getrlimit(resource.RLIMIT_STACK)
+    size = STACK_BYTES if most == resource.RLIM_INFINITY else min(STACK_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_STACK, (size, most))

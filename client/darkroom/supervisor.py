@@ -35,13 +35,14 @@ class Supervisor:
     """Watches a running server until it is to stop.
 
     * The process of a network dies: that network is loaded anew. The engine keeps its pictures
-      meanwhile, and goes on with them.
+      meanwhile, and goes on with them. The same goes for the model that publishes the metrics.
     * The process of a model that answers clients dies, and the answers it owes with it: Triton
       would let those clients wait for ever, so that the whole server is started anew.
     * The server itself dies, gives no probe picture in time, or fails several in a row: the same.
 
-    A heal is over when a probe picture was made. Without a healthy minute between them, heals of a
-    network give way to a restart, and restarts to the end of it all.
+    A probe asks every engine for a picture, and a heal is over when all have made theirs. Without a
+    healthy minute between them, heals of a model give way to a restart, and restarts to the end of
+    it all.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Supervisor:
         self._server = server
         self._tell = tell
         self._patience = patience or Patience()
-        self._probe: Future[Picture] | None = None
+        self._probe: Future[list[Picture]] | None = None
         self._next_probe_at = time.monotonic() + self._patience.probe_interval_s
         self._num_failed_probes = 0
         self._healthy_since = time.monotonic()
@@ -95,7 +96,7 @@ class Supervisor:
         died = [model for stub, model in dead.items() if stub not in self._known_dead]
         self._known_dead |= dead.keys()
         for model in dict.fromkeys(died):
-            if model not in self._server.networks:
+            if model not in self._server.reloadable:
                 raise ServeError(f"{model} died")
         for model in dict.fromkeys(died):
             self._reload(model)
@@ -128,20 +129,20 @@ class Supervisor:
                 raise ServeError(problem)
             self._tell(f"{problem} ({self._num_failed_probes} of {MAX_FAILED_PROBES})")
 
-    def _ask(self) -> Future[Picture]:
+    def _ask(self) -> Future[list[Picture]]:
         # A server that has just been started may have to warm up first.
         timeout = self._patience.probe_timeout_s
         if self._healing_since is not None:
             timeout = max(timeout, START_TIMEOUT_S)
-        return in_background(lambda: self._server.make_probe_picture(timeout))
+        return in_background(lambda: self._server.make_probe_pictures(timeout))
 
-    def _reload(self, network: str) -> None:
+    def _reload(self, model: str) -> None:
         self._begin_heal()
         self._num_reloads += 1
         if self._num_reloads > MAX_HEALS:
-            raise ServeError(f"{network} died again after {MAX_HEALS} reloads")
-        self._tell(f"{network} died; reloading it")
-        self._server.reload(network)
+            raise ServeError(f"{model} died again after {MAX_HEALS} reloads")
+        self._tell(f"{model} died; reloading it")
+        self._server.reload(model)
 
     def _restart(self, why: str) -> None:
         """Start the server anew, until it works.

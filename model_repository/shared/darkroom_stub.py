@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Mapping
 from typing import Any
 
-Fields = dict[str, bytes | int | float]
+Scalar = bytes | int | float
+Fields = dict[str, Scalar | tuple[Scalar, ...]]
+Shapes = dict[str, list[int]]
+"""The dimensions of inputs by name; -1 is any."""
 
+MAX_BYTES = 64 * 2**20
+"""Of one text or picture; nothing that is asked for needs that much."""
 PARENT_POLL_S = 1.0
 _PARENT = os.getppid()
 
@@ -23,21 +29,37 @@ class MalformedField(ValueError):
         self.field = field
 
 
-def read_fields(pb_utils: Any, request: Any, names: list[str]) -> Fields:
-    """The inputs of a Triton request, each of one value, without those left out.
+def input_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The dimensions of a model's inputs, as Triton tells them to `initialize`."""
+    return {entry["name"]: [int(size) for size in entry["dims"]] for entry in config["input"]}
+
+
+def read_fields(pb_utils: Any, request: Any, shapes: Shapes) -> Fields:
+    """The inputs of a Triton request, without those left out.
+
+    One of shape [1] is its value, one of any other shape a tuple of its values.
 
     Raises:
-        MalformedField: an input has another shape than [1].
+        MalformedField: an input has another shape than it may have, or too many bytes.
     """
-    fields = {}
-    for name in names:
+    fields: Fields = {}
+    for name, shape in shapes.items():
         tensor = pb_utils.get_input_tensor_by_name(request, name)
         if tensor is None:
             continue
         values = tensor.as_numpy()
-        if values.size != 1:
-            raise MalformedField(name, f"shape {list(values.shape)} is not [1]")
-        fields[name] = values.item()
+        sizes = list(values.shape)
+        if len(sizes) != len(shape) or any(
+            size != allowed for size, allowed in zip(sizes, shape, strict=True) if allowed >= 0
+        ):
+            raise MalformedField(name, f"shape {sizes} is not {shape}")
+        listed = values.ravel().tolist()
+        for value in listed:
+            if isinstance(value, bytes) and len(value) > MAX_BYTES:
+                raise MalformedField(
+                    name, f"{len(value)} bytes is too long, allowed are 0 to {MAX_BYTES}"
+                )
+        fields[name] = listed[0] if shape == [1] else tuple(listed)
     return fields
 
 

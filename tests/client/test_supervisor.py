@@ -29,9 +29,10 @@ def test_a_healthy_server_is_left_alone_and_nothing_is_told() -> None:
     assert set(server.probe_timeouts) == {7.0}
 
 
-def test_a_dead_network_is_reloaded_once() -> None:
+@pytest.mark.parametrize("model", ["unet", "darkroom"])
+def test_what_no_client_waits_for_is_reloaded_once(model: str) -> None:
     def script(server: FakeServer) -> Iterator[None]:
-        server.kill("unet")
+        server.kill(model)
         yield from server.until_told("healed")
         for _ in range(5):
             yield
@@ -39,8 +40,8 @@ def test_a_dead_network_is_reloaded_once() -> None:
     server = FakeServer(script)
     supervise(server)
 
-    assert server.calls == ["reload unet"]
-    assert server.told[0] == "unet died; reloading it"
+    assert server.calls == [f"reload {model}"]
+    assert server.told[0] == f"{model} died; reloading it"
     assert server.told[1].startswith("healed in ")
     assert server.probe_timeouts == [START_TIMEOUT_S]
 

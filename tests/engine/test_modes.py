@@ -48,7 +48,7 @@ def rich(manifest_document: dict[str, Any]) -> dict[str, Any]:
     document = copy.deepcopy(manifest_document)
     record = document["networks"]["unet"]
     names = ("controlnet_canny", "controlnet_depth", "unet_watercolor", "text_encoder_watercolor")
-    document["networks"] |= {name: record for name in (*names, "safety_checker")}
+    document["networks"] |= dict.fromkeys((*names, "safety_checker"), record)
     document["denoiser"]["residuals"] = [RESIDUAL]
     document["controlnets"] = {
         name: {"network": f"controlnet_{name}"} for name in ("canny", "depth")
@@ -339,9 +339,11 @@ def test_an_inpainting_checkpoint_is_shown_mask_and_masked_picture(
         assert len(set(solo)) == 3
         buffer = BytesIO()
         np.save(buffer, np.zeros((4, 8, 8), np.float32))
-        with pytest.raises(InvalidRequest, match="^image: latents, but this checkpoint must be"):
+        with pytest.raises(InvalidRequest, match=r"^image: latents, but this checkpoint must be"):
             harness.ask(image=buffer.getvalue(), mask_image=mask())
-        with pytest.raises(InvalidRequest, match="^image: missing; this checkpoint is for inpaint"):
+        with pytest.raises(
+            InvalidRequest, match=r"^image: missing; this checkpoint is for inpaint"
+        ):
             harness.ask()
     finally:
         harness.engine.close()
@@ -388,7 +390,7 @@ def test_a_picture_that_cannot_be_checked_is_not_given_out(
 def test_a_safety_checker_that_is_not_there_stops_the_start(
     manifest: Manifest, networks: FakeNetworks
 ) -> None:
-    with pytest.raises(ValueError, match="safety_checker: blank needs one, .*; allowed is off"):
+    with pytest.raises(ValueError, match=r"safety_checker: blank needs one, .*; allowed is off"):
         Harness(manifest, networks, EngineConfig(safety_checker="blank"))
     with pytest.raises(ValueError, match="safety_checker: 'on' does not exist, there are off, fl"):
         EngineConfig(safety_checker="on")

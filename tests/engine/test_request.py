@@ -250,7 +250,7 @@ def test_latents_start_a_picture_of_their_size() -> None:
 def test_latents_that_are_a_pickle_are_not_read() -> None:
     pickled = npy(np.array([object()], object))
 
-    with pytest.raises(InvalidRequest, match="^image: latents that cannot be read"):
+    with pytest.raises(InvalidRequest, match=r"^image: latents that cannot be read"):
         parse(image=pickled)
 
 

@@ -15,7 +15,7 @@ class FakeServer:
     and when it returns, the server is told to stop.
     """
 
-    networks = ("text_encoder", "unet", "vae_decoder")
+    reloadable = ("darkroom", "text_encoder", "unet", "vae_decoder")
 
     def __init__(self, script: Callable[["FakeServer"], Iterator[None]]) -> None:
         self._script = script(self)
@@ -59,13 +59,13 @@ class FakeServer:
     def dead_stubs(self) -> dict[int, str]:
         return dict(self._dead)
 
-    def make_probe_picture(self, timeout: float) -> None:
+    def make_probe_pictures(self, timeout: float) -> None:
         self.probe_timeouts.append(timeout)
         if self.probe_failure:
             raise self.probe_failure
 
-    def reload(self, network: str) -> None:
-        self.calls.append(f"reload {network}")
+    def reload(self, model: str) -> None:
+        self.calls.append(f"reload {model}")
         if self.reload_failure:
             raise self.reload_failure
 

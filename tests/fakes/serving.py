@@ -22,9 +22,9 @@ SHM = Path("/dev/shm")  # noqa: S108  where Triton keeps its shared memory
 
 def serve_command(repository: Path, ports: Ports, *options: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "darkroom.cli", "serve", str(repository)),
+        *(sys.executable, "-m", "darkroom.cli", "serve", str(repository), *options),
         *("--http-port", str(ports.http), "--grpc-port", str(ports.grpc)),
-        *("--metrics-port", str(ports.metrics), *options),
+        *("--metrics-port", str(ports.metrics)),
     ]
 
 

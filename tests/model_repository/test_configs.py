@@ -31,13 +31,40 @@ CONTRACT = {
     "image": "TYPE_STRING",
     "mask_image": "TYPE_STRING",
     "strength": "TYPE_FP32",
+    "denoising_start": "TYPE_FP32",
+    "denoising_end": "TYPE_FP32",
+    "original_size": "TYPE_INT32",
+    "crops_coords_top_left": "TYPE_INT32",
+    "target_size": "TYPE_INT32",
+    "aesthetic_score": "TYPE_FP32",
+    "negative_aesthetic_score": "TYPE_FP32",
+    "controlnet": "TYPE_STRING",
+    "control_image": "TYPE_STRING",
+    "controlnet_conditioning_scale": "TYPE_FP32",
+    "control_guidance_start": "TYPE_FP32",
+    "control_guidance_end": "TYPE_FP32",
+    "lora": "TYPE_STRING",
+    "lora_scale": "TYPE_FP32",
+    "variant": "TYPE_STRING",
     "priority": "TYPE_INT32",
     "timeout_ms": "TYPE_INT32",
     "output_format": "TYPE_STRING",
 }
 """What clients rely on; a change here breaks them."""
 
-NOT_IN_THE_CLIENT_YET = {"image", "mask_image", "strength"}
+DIMS = {
+    "original_size": [2],
+    "crops_coords_top_left": [2],
+    "target_size": [2],
+    "controlnet": [-1],
+    "control_image": [-1],
+    "controlnet_conditioning_scale": [-1],
+    "control_guidance_start": [-1],
+    "control_guidance_end": [-1],
+    "lora": [-1],
+    "lora_scale": [-1],
+}
+"""Of the fields that are not one value."""
 
 
 def types(entries: Any) -> dict[str, str]:
@@ -47,7 +74,8 @@ def types(entries: Any) -> dict[str, str]:
 
 def test_the_inputs_are_the_contract(engine_config: Any) -> None:
     assert types(engine_config.input) == CONTRACT
-    assert all(list(entry.dims) == [1] for entry in engine_config.input)
+    for entry in engine_config.input:
+        assert list(entry.dims) == DIMS.get(entry.name, [1])
 
 
 def test_every_input_but_the_prompt_is_optional(engine_config: Any) -> None:
@@ -75,10 +103,11 @@ def test_the_engine_reads_exactly_the_inputs(engine_config: Any) -> None:
 def test_the_client_sends_the_inputs_in_their_types(engine_config: Any) -> None:
     ours = types(engine_config.input)
 
-    assert set(protocol._INPUTS) == set(ours) - NOT_IN_THE_CLIENT_YET
+    assert set(protocol._INPUTS) == set(ours)
     for name, (datatype, dtype) in protocol._INPUTS.items():
         assert ours[name] == f"TYPE_{datatype}".replace("BYTES", "STRING")
         assert np_to_triton_dtype(np.dtype(dtype)) == datatype
+    assert {name: [size] for name, size in protocol._DIMS.items()} == DIMS
 
 
 def test_the_client_asks_this_model(engine_config: Any) -> None:

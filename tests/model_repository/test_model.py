@@ -19,7 +19,12 @@ from PIL import Image
 import darkroom_wire as wire
 from darkroom_engine import METRICS, EngineConfig, Manifest, NetworkFailed
 
-OUTPUTS = {"text_encoder": "last_hidden_state", "unet": "out_sample", "vae_decoder": "sample"}
+OUTPUTS = {
+    "text_encoder": ("last_hidden_state", "hidden_states"),
+    "unet": ("out_sample",),
+    "vae_decoder": ("sample",),
+    "vae_encoder": ("latent_parameters",),
+}
 Arrays = dict[str, np.ndarray]
 
 
@@ -79,14 +84,7 @@ def error_of(response: pb_utils.InferenceResponse) -> tuple[int, str]:
 
 
 @pytest.fixture
-def served(repository: Path, manifest_document: dict[str, Any]) -> Path:
-    """A repository whose networks have the names of their outputs right."""
-    networks = {
-        name: {**record, "outputs": [OUTPUTS[name]]}
-        for name, record in manifest_document["networks"].items()
-    }
-    text = json.dumps({**manifest_document, "networks": networks})
-    (repository / "manifest.json").write_text(text)
+def served(repository: Path) -> Path:
     (repository / "stable_diffusion").mkdir()
     return repository
 
@@ -95,21 +93,18 @@ def served(repository: Path, manifest_document: dict[str, Any]) -> Path:
 def networks(server: pb_utils.Server) -> FakeNetworks:
     """Formulas behind the names of the networks."""
     fake = FakeNetworks()
-
-    def encode(inputs: Arrays) -> Arrays:
-        return {"last_hidden_state": fake.encode(inputs["input_ids"], 0)["encoder_hidden_states"]}
-
-    def denoise(inputs: Arrays) -> Arrays:
-        conditioning = {"encoder_hidden_states": inputs["encoder_hidden_states"]}
-        timestep = inputs["timestep"][:, 0]
-        return {"out_sample": fake.denoise(inputs["sample"], timestep, conditioning)}
-
-    def decode(inputs: Arrays) -> Arrays:
-        return {"sample": fake.decode(inputs["latent_sample"])}
-
-    server.models |= {"text_encoder": encode, "unet": denoise, "vae_decoder": decode}
+    server.models |= {name: behind_triton(fake, name) for name in OUTPUTS}
     server.loaded.add("stable_diffusion")
     return fake
+
+
+def behind_triton(fake: FakeNetworks, network: str) -> Callable[[Arrays], Arrays]:
+    def run(inputs: Arrays) -> Arrays:
+        # Triton has numbers in a dimension of their own.
+        flat = {name: it[:, 0] if name == "timestep" else it for name, it in inputs.items()}
+        return dict(zip(OUTPUTS[network], fake.run(network, flat, OUTPUTS[network]), strict=True))
+
+    return run
 
 
 @pytest.fixture
@@ -118,15 +113,15 @@ def arguments(
 ) -> Callable[..., dict[str, str]]:
     """What Triton hands to `initialize`, with some parameters of the config changed."""
 
-    def make(**parameters: object) -> dict[str, str]:
+    def make(model: str = "stable_diffusion", **parameters: object) -> dict[str, str]:
         config = type(engine_config)()
         config.CopyFrom(engine_config)
         for key, value in parameters.items():
             config.parameters[key].string_value = str(value)
         return {
             "model_config": as_triton_tells_it(config),
-            "model_name": "stable_diffusion",
-            "model_repository": str(served / "stable_diffusion"),
+            "model_name": model,
+            "model_repository": str(served / model),
             "model_version": "1",
         }
 
@@ -146,9 +141,9 @@ def make_face(
 ) -> Iterator[Callable[..., Face]]:
     models = []
 
-    def make(**parameters: object) -> Face:
+    def make(model_name: str = "stable_diffusion", **parameters: object) -> Face:
         model = load_model("stable_diffusion").TritonPythonModel()
-        model.initialize(arguments(**parameters))
+        model.initialize(arguments(model_name, **parameters))
         models.append(model)
         return Face(model, networks)
 
@@ -250,22 +245,38 @@ def test_an_id_that_is_no_text_is_refused(face: Face) -> None:
     )
 
 
-def test_a_newer_instance_publishes_only_when_the_older_is_through(
-    make_face: Callable[..., Face], server: pb_utils.Server
-) -> None:
-    older, newer = make_face(), make_face()
-    older.ask()
-    newer.ask(seed=1)
-    older.model.finalize()
-    families = set(server.families)
-    server.families.clear()
-    while "darkroom_images_total" not in server.families:
-        threading.Event().wait(0.01)
-    newer.model.finalize()
+def test_fields_of_several_values_reach_the_engine(face: Face) -> None:
+    names = np.array([b"canny", b"depth"], np.object_)
+    code, text = error_of(face.ask(controlnet=names))
 
-    # What it had to tell was kept for it.
-    assert set(server.families) == families
-    assert server.families["darkroom_images_total"].series[()].values == [1]
+    assert code == pb_utils.TritonError.INVALID_ARG
+    assert text.startswith("controlnet: 'canny' does not exist")
+
+
+def test_one_of_several_models_has_networks_and_a_manifest_elsewhere(
+    make_face: Callable[..., Face],
+    server: pb_utils.Server,
+    served: Path,
+    tmp_path: Path,
+) -> None:
+    server.models = {f"sdxl_{name}": network for name, network in server.models.items()}
+    server.loaded = {"sdxl"}
+    elsewhere = served.rename(tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
+    face = make_face("sdxl", network_prefix="sdxl_", manifest=elsewhere / "manifest.json")
+
+    assert arrays_of(face.ask(seed=3))["seed"].tolist() == [3]
+    assert {request.model_name() for request in server.requests} == set(server.models)
+    assert wire.socket_path("sdxl").exists()
+
+
+def test_a_warm_engine_says_what_may_be_asked_of_it_until_it_ends(face: Face) -> None:
+    face.ask()
+    path = wire.description_path("stable_diffusion")
+    description = json.loads(path.read_text())
+
+    assert (description["name"], description["family"]) == ("fake", "sd1")
+    face.model.finalize()
+    assert not path.exists()
 
 
 def test_a_full_queue_is_unavailable_at_once(make_face: Callable[..., Face]) -> None:
@@ -301,7 +312,7 @@ def test_a_deadline_that_cannot_be_kept_is_unavailable(face: Face) -> None:
     )
 
 
-@pytest.mark.parametrize("network", OUTPUTS)
+@pytest.mark.parametrize("network", ["text_encoder", "unet", "vae_decoder"])
 def test_a_failed_network_is_internal_and_the_next_request_is_served(
     face: Face, network: str
 ) -> None:
@@ -412,30 +423,39 @@ def test_an_answered_request_is_never_asked_about(face: Face, server: pb_utils.S
 
 
 def test_the_engines_metrics_are_handed_to_triton(
-    make_face: Callable[..., Face], server: pb_utils.Server
+    make_face: Callable[..., Face],
+    load_model: Callable[[str], ModuleType],
+    server: pb_utils.Server,
 ) -> None:
+    publisher = load_model("darkroom").TritonPythonModel()
+    publisher.initialize({})
     face = make_face()
     face.ask(num_inference_steps=3, guidance_scale=5.0)
     face.ask(width=33)
     face.model.finalize()
-
+    # The end of an engine comes after all that it told.
+    while publisher._publisher._engines:
+        threading.Event().wait(0.01)
+    publisher.finalize()
     seen = {name: family.series for name, family in server.families.items()}
+
+    model = ("model", "stable_diffusion")
     assert set(seen) <= {metric.name for metric in METRICS}
     outcomes = seen["darkroom_requests_total"]
-    assert outcomes[("outcome", "image"),].values == [1]
-    assert outcomes[("outcome", "invalid"),].values == [1]
-    assert seen["darkroom_images_total"][()].values == [1]
-    assert seen["darkroom_batch_rows"][()].values == [2, 2, 2]
-    assert len(seen["darkroom_step_duration_seconds"][("rows", "2"),].values) == 3
-    assert len(seen["darkroom_queue_wait_seconds"][()].values) == 1
-    assert len(seen["darkroom_decode_duration_seconds"][()].values) == 1
-    assert seen["darkroom_max_rows"][()].values == [16]
-    assert seen["darkroom_waiting_pictures"][()].values[-1] == 0
-    assert seen["darkroom_running_pictures"][()].values[-1] == 0
+    assert outcomes[model, ("outcome", "image")].values == [1]
+    assert outcomes[model, ("outcome", "invalid")].values == [1]
+    assert seen["darkroom_images_total"][model,].values == [1]
+    assert seen["darkroom_batch_rows"][model,].values == [2, 2, 2]
+    assert len(seen["darkroom_step_duration_seconds"][model, ("rows", "2")].values) == 3
+    assert len(seen["darkroom_queue_wait_seconds"][model,].values) == 1
+    assert len(seen["darkroom_decode_duration_seconds"][model,].values) == 1
+    assert seen["darkroom_max_rows"][model,].values == [16]
+    assert seen["darkroom_waiting_pictures"][model,].values[-1] == 0
+    assert seen["darkroom_running_pictures"][model,].values[-1] == 0
     lookups = seen["darkroom_prompt_cache_lookups_total"]
     # The empty negative prompt is there from the warm-up on.
-    assert lookups[("result", "hit"),].values == [1]
-    assert lookups[("result", "miss"),].values == [1]
+    assert lookups[model, ("result", "hit")].values == [1]
+    assert lookups[model, ("result", "miss")].values == [1]
 
 
 def test_finalize_answers_what_is_left(make_face: Callable[..., Face]) -> None:

@@ -36,7 +36,7 @@ def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def engine(make_engine: Callable[..., Harness]) -> Iterator[Harness]:  # noqa: F811  the fixture
     harness = make_engine()
-    door = Door(harness.engine)
+    door = Door(harness.engine, "stable_diffusion")
     door.start()
     yield harness
     door.close()
@@ -51,14 +51,23 @@ def stream(
     text = (MODELS / "stable_diffusion_stream" / "config.pbtxt").read_text()
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     model = load_model("stable_diffusion_stream").TritonPythonModel()
-    model.initialize({"model_config": as_triton_tells_it(config)})
+    model.initialize(
+        {"model_config": as_triton_tells_it(config), "model_name": "stable_diffusion_stream"}
+    )
     yield model
     model.finalize()
 
 
 @pytest.fixture
-def cancel(load_model: Callable[[str], ModuleType]) -> Callable[..., pb_utils.InferenceResponse]:
+def cancel(
+    load_model: Callable[[str], ModuleType], as_triton_tells_it: Callable[[Any], str]
+) -> Callable[..., pb_utils.InferenceResponse]:
+    text = (MODELS / "stable_diffusion_cancel" / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
     model = load_model("stable_diffusion_cancel").TritonPythonModel()
+    model.initialize(
+        {"model_config": as_triton_tells_it(config), "model_name": "stable_diffusion_cancel"}
+    )
 
     def ask(*request_ids: bytes) -> pb_utils.InferenceResponse:
         tensor = pb_utils.Tensor("request_id", np.array(request_ids, np.object_))
@@ -206,7 +215,7 @@ def test_an_engine_that_dies_is_an_error_not_silence(stream: Any) -> None:
     from multiprocessing.connection import Listener
 
     wire.make_runtime_dir()
-    with Listener(str(wire.socket_path()), family="AF_UNIX") as listener:
+    with Listener(str(wire.socket_path("stable_diffusion")), family="AF_UNIX") as listener:
         sender = send(stream)
         connection = listener.accept()
         wire.receive(connection)

@@ -196,5 +196,7 @@ def test_an_engine_finds_the_rows_that_fit_by_itself(repository: Path, tmp_path:
         metrics = urllib.request.urlopen(server.metrics_url, timeout=WAIT_S).read().decode()
         log = server.log.read_text()
 
-    assert re.search(r"^darkroom_max_rows ([3-9]|\d\d)$", metrics, re.MULTILINE)
+    assert re.search(
+        r'^darkroom_max_rows{model="stable_diffusion"} ([3-9]|\d\d)$', metrics, re.MULTILINE
+    )
     assert re.search(r"max_rows is \d+: a row takes \d+ MB, \d+ MB are free", log)

@@ -1,6 +1,7 @@
 """Bad input is INVALID_ARGUMENT with field, value and range; the next request is served."""
 
 import json
+import queue
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -23,15 +24,19 @@ def serves_the_next_request(client: Client) -> Iterator[None]:
     assert client.generate("a red circle", num_inference_steps=1).size
 
 
-def ask_grpc(server: Server, *tensors: tuple[str, str, Any]) -> None:
+def inputs_of(*tensors: tuple[str, str, Any]) -> list[tritonclient.grpc.InferInput]:
     inputs = []
     for name, datatype, values in tensors:
         array = np.array(values, DATATYPES[datatype])
         tensor = tritonclient.grpc.InferInput(name, array.shape, datatype)
         tensor.set_data_from_numpy(array)
         inputs.append(tensor)
+    return inputs
+
+
+def ask_grpc(server: Server, *tensors: tuple[str, str, Any]) -> None:
     with tritonclient.grpc.InferenceServerClient(server.grpc_url) as triton:
-        triton.infer("stable_diffusion", inputs)
+        triton.infer("stable_diffusion", inputs_of(*tensors))
 
 
 def ask_http(server: Server, endpoint: str, body: object) -> tuple[int, str]:
@@ -72,8 +77,14 @@ PROMPT = ("prompt", "BYTES", [b"a red circle"])
         (("clip_skip", "INT32", [99]), r"clip_skip: 99 is out of range, allowed are 0 to \d+"),
         (("max_embeddings_multiples", "INT32", [5]), "max_embeddings_multiples: 5 is out.* 1 to 4"),
         (("negative_prompt", "BYTES", [b"(a:99)"]), "negative_prompt: .* -10 to 10"),
-        # These two are Triton's own answers, from the model's config.
+        (("lora", "BYTES", [b"a", b"b"]), "lora: 'a' does not exist"),
+        # These are Triton's own answers, from the model's config.
         (("seed", "FP32", [1.0]), "'seed' data-type is 'FP32', but .* expects 'INT64'"),
+        (
+            ("original_size", "INT32", [9]),
+            r"unexpected shape for input 'original_size'.* \[2\], got",
+        ),
+        (("lora", "BYTES", [[b"a"]]), r"unexpected shape for input 'lora'.* \[-1\], got \[1,1\]"),
         (("seed", "INT64", [1, 2]), r"unexpected shape for input 'seed'.* Expected \[1\], got \[2"),
         (("steps", "INT32", [1]), "unexpected inference input 'steps'"),
     ],
@@ -159,3 +170,36 @@ def test_the_http_client_raises_invalid_request(server: Server) -> None:
         pytest.raises(InvalidRequest, match="num_inference_steps: 0 is out of range"),
     ):
         http.generate("a red circle", num_inference_steps=0)
+
+
+def ask_stream(server: Server, *tensors: tuple[str, str, Any]) -> str:
+    """The error that a streamed request ends with."""
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as triton:
+        triton.start_stream(lambda result, error: answers.put((result, error)))
+        triton.async_stream_infer("stable_diffusion_stream", inputs_of(*tensors))
+        result, error = answers.get(timeout=60)
+    assert result is None
+    return str(error)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "problem"),
+    [
+        # What comes through whole is refused for what it is.
+        (20 * 2**20, "mask_image: needs a starting picture, image"),
+        (65 * 2**20, f"mask_image: {65 * 2**20} bytes is too long, allowed are 0 to {64 * 2**20}"),
+    ],
+)
+def test_megabytes_are_taken_or_refused_over_every_way(
+    server: Server, num_bytes: int, problem: str
+) -> None:
+    """Through shared memory, the stream's socket, and JSON, which Triton keeps on the stack."""
+    picture = ("mask_image", "BYTES", [b"A" * num_bytes])
+
+    with pytest.raises(InferenceServerException, match=problem):
+        ask_grpc(server, PROMPT, picture)
+    assert ask_stream(server, PROMPT, picture) == problem
+    body = {"prompt": "a red circle", "mask_image": "A" * num_bytes}
+    status, text = ask_http(server, "generate", body)
+    assert (status, json.loads(text)) == (400, {"error": problem})

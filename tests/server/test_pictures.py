@@ -105,7 +105,7 @@ def test_a_reload_under_load_loses_nobody(server: Server, client: Client) -> Non
 
     def publishes() -> bool:
         text = urllib.request.urlopen(server.metrics_url, timeout=60).read().decode()
-        return 'darkroom_requests_total{outcome="image"}' in text
+        return 'darkroom_requests_total{model="stable_diffusion",outcome="image"}' in text
 
     wait_until(publishes)
 

@@ -50,14 +50,18 @@ def requests(count: int) -> list[dict[str, Any]]:
 
 
 def metrics(server: Server) -> dict[str, float]:
-    """Every sample of the engine's metrics, by its name and its label's value."""
+    """Every sample of the one engine's metrics, by its name and its other label's value."""
     text = urllib.request.urlopen(server.metrics_url, timeout=WAIT_S).read().decode()
     return {
-        " ".join([sample.name, *sample.labels.values()]): sample.value
+        " ".join([sample.name, *_labels_but_the_model(sample.labels)]): sample.value
         for family in text_string_to_metric_families(text)
         if family.name.startswith("darkroom")
         for sample in family.samples
     }
+
+
+def _labels_but_the_model(labels: dict[str, str]) -> list[str]:
+    return [value for name, value in labels.items() if name != "model"]
 
 
 def settled_metrics(server: Server) -> dict[str, float]:

@@ -212,8 +212,8 @@ def test_the_probe_command_tells_whether_a_server_makes_pictures(
 def test_the_response_cache_does_not_answer_probes(repository: Path) -> None:
     """It would hide that the engine cannot."""
     with Server(repository, free_ports(), response_cache_bytes=2**20) as server:
-        assert server.make_probe_picture(WAIT_S).size
+        assert server.make_probe_pictures(WAIT_S)
         os.kill(server_processes(server.ports)["stable_diffusion"], signal.SIGKILL)
 
         with pytest.raises(DarkroomError):
-            server.make_probe_picture(WAIT_S)
+            server.make_probe_pictures(WAIT_S)

@@ -3,19 +3,15 @@
 # The stub adds to pb_utils after this file is imported, so that annotations must wait.
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
-import queue
+import os
 import threading
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 import darkroom_stub as stub
-import darkroom_wire as wire
 from darkroom_engine import (
     Door,
     Engine,
@@ -24,29 +20,56 @@ from darkroom_engine import (
     InvalidRequest,
     JobResult,
     Manifest,
-    Metric,
+    MemoryProfile,
+    MetricsSender,
+    Notice,
+    Residence,
+    TransientNetworks,
+    TritonModelControl,
     TritonNetworks,
     log_to_stderr,
 )
 
-LOCK_POLL_S = 0.1
-
-logger = logging.getLogger(__name__)
+HTTP_URL = "DARKROOM_HTTP_URL"
+"""The environment variable that says where this server's HTTP face is."""
+DEFAULT_HTTP_URL = "http://127.0.0.1:8000"
 
 
 class TritonPythonModel:
     """One request in, one answer out, later: `execute` never waits for a picture."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        log_to_stderr()
+        model = args["model_name"]
+        log_to_stderr(model)
         config = json.loads(args["model_config"])
-        self._input_names = [entry["name"] for entry in config["input"]]
-        manifest = Manifest.load(Path(args["model_repository"]).parent / "manifest.json")
-        engine_config = EngineConfig.from_parameters(config["parameters"])
-        networks = TritonNetworks(pb_utils, args["model_name"], manifest)
-        self._metrics = MetricsPublisher()
-        self._engine = Engine(manifest, networks, engine_config, self._metrics.record)
-        self._door = Door(self._engine)
+        self._shapes = stub.input_shapes(config)
+        parameters = config["parameters"]
+        # Of a server with several models: what it calls the networks, and where the manifest is.
+        prefix = _pop(parameters, "network_prefix", "")
+        beside = Path(args["model_repository"]).parent / "manifest.json"
+        manifest = Manifest.load(Path(_pop(parameters, "manifest", str(beside))))
+        engine_config = EngineConfig.from_parameters(parameters)
+        self._metrics = MetricsSender(model)
+        self._notice = Notice(model)
+        networks = TritonNetworks(pb_utils, model, prefix)
+        profile = MemoryProfile(engine_config.memory_profile)
+        self._transient = None
+        manners = {}
+        if profile is not MemoryProfile.FULL:
+            control = TritonModelControl(os.environ.get(HTTP_URL, DEFAULT_HTTP_URL), prefix)
+            networks = self._transient = TransientNetworks(
+                networks, control, Residence.of(profile, manifest)
+            )
+            manners = {"is_change_due": networks.is_change_due, "rest": networks.rest}
+        self._engine = Engine(
+            manifest,
+            networks,
+            engine_config,
+            self._metrics.record,
+            on_warm=self._describe,
+            **manners,
+        )
+        self._door = Door(self._engine, model)
         self._is_finalized = stub.end_with_server()
         self._metrics.start()
         self._engine.start()
@@ -58,14 +81,20 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._engine.close()
+        if self._transient:
+            self._transient.close()
+        self._notice.remove()
         self._door.close()
         self._metrics.close()
         self._is_finalized.set()
 
+    def _describe(self) -> None:
+        self._notice.post(self._engine.describe())
+
     def _ask(self, request: pb_utils.InferenceRequest, responder: Responder) -> None:
         try:
             request_id = stub.read_request_id(request)
-            fields = stub.read_fields(pb_utils, request, self._input_names)
+            fields = stub.read_fields(pb_utils, request, self._shapes)
         except stub.MalformedField as error:
             self._engine.refuse(InvalidRequest(error.field, str(error)), responder)
             return
@@ -97,89 +126,8 @@ class Responder:
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
-class MetricsPublisher:
-    """Hands the engine's metrics to Triton, on a thread of its own: each call is a round trip.
-
-    When Triton reloads a model, the new instance may be there before the old one has gone. Both
-    have the same metrics, and the old one's end would take them from the new one and the server's
-    life with them. So the new one keeps what it has to tell until the old one is through.
-    """
-
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[Metric, float, str] | None] = queue.SimpleQueue()
-        self._families: dict[str, pb_utils.MetricFamily] = {}
-        self._series: dict[tuple[str, str], pb_utils.Metric] = {}
-        self._gauges: dict[str, float] = {}
-        self._is_closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def close(self) -> None:
-        """Publish what is left, and take the metrics away."""
-        self._is_closing.set()
-        self._queue.put(None)
-        self._thread.join()
-
-    def record(self, metric: Metric, value: float, label: str = "") -> None:
-        if metric.kind == "GAUGE":
-            if self._gauges.get(metric.name) == value:
-                return
-            self._gauges[metric.name] = value
-        self._queue.put((metric, value, label))
-
-    def _run(self) -> None:
-        with (wire.runtime_dir() / "metrics.lock").open("w") as lock:
-            while not _is_locked(lock):
-                if self._is_closing.wait(LOCK_POLL_S):
-                    return
-            self._publish_all()
-            if stub.is_server_gone():
-                return
-            # Triton wants the series gone before their families, and both before the next ones.
-            self._series.clear()
-            self._families.clear()
-
-    def _publish_all(self) -> None:
-        while (entry := self._queue.get()) is not None:
-            # Such a call would hang with Python's lock held, and nobody could end this process.
-            if stub.is_server_gone():
-                return
-            try:
-                self._publish(*entry)
-            except Exception:
-                logger.exception("a metric could not be published")
-
-    def _publish(self, metric: Metric, value: float, label: str) -> None:
-        series = self._series.get((metric.name, label))
-        if series is None:
-            series = self._series[metric.name, label] = self._make_series(metric, label)
-        if metric.kind == "COUNTER":
-            series.increment(value)
-        elif metric.kind == "GAUGE":
-            series.set(value)
-        else:
-            series.observe(value)
-
-    def _make_series(self, metric: Metric, label: str) -> pb_utils.Metric:
-        if metric.name not in self._families:
-            self._families[metric.name] = pb_utils.MetricFamily(
-                name=metric.name,
-                description=metric.description,
-                kind=getattr(pb_utils.MetricFamily, metric.kind),
-            )
-        labels = {metric.label: label} if metric.label else {}
-        options = {"buckets": list(metric.buckets)} if metric.buckets else {}
-        return self._families[metric.name].Metric(labels=labels, **options)
-
-
-def _is_locked(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _pop(parameters: dict[str, dict[str, str]], key: str, default: str) -> str:
+    return parameters.pop(key, {"string_value": default})["string_value"]
 
 
 def _success(result: JobResult) -> pb_utils.InferenceResponse:

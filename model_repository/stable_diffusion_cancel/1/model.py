@@ -3,6 +3,8 @@
 # The stub adds to pb_utils after this file is imported, so that annotations must wait.
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -13,13 +15,17 @@ import darkroom_wire as wire
 class TritonPythonModel:
     """The id of a request in, whether it was cancelled out."""
 
+    def initialize(self, args: dict[str, str]) -> None:
+        self._shapes = stub.input_shapes(json.loads(args["model_config"]))
+        self._engine = wire.socket_path(args["model_name"].removesuffix("_cancel"))
+
     def execute(self, requests: list) -> list:
         return [self._cancel(request) for request in requests]
 
     def _cancel(self, request: pb_utils.InferenceRequest) -> pb_utils.InferenceResponse:
         try:
-            request_id = _text(stub.read_fields(pb_utils, request, ["request_id"])["request_id"])
-            with wire.connect() as connection:
+            request_id = _text(stub.read_fields(pb_utils, request, self._shapes)["request_id"])
+            with wire.connect(self._engine) as connection:
                 wire.send(connection, {"op": "cancel", "request_id": request_id})
                 answer, _ = wire.receive(connection)
         except stub.MalformedField as error:

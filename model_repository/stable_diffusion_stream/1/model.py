@@ -31,8 +31,8 @@ class TritonPythonModel:
     """One request in, many responses out; `execute` never waits."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        config = json.loads(args["model_config"])
-        self._input_names = [entry["name"] for entry in config["input"]]
+        self._shapes = stub.input_shapes(json.loads(args["model_config"]))
+        self._engine = wire.socket_path(args["model_name"].removesuffix("_stream"))
         self._relay = Relay()
         self._is_finalized = stub.end_with_server()
         self._relay.start()
@@ -55,7 +55,7 @@ class TritonPythonModel:
         self, request: pb_utils.InferenceRequest, sender: pb_utils.InferenceResponseSender
     ) -> Stream:
         request_id = stub.read_request_id(request)
-        fields = stub.read_fields(pb_utils, request, self._input_names)
+        fields = stub.read_fields(pb_utils, request, self._shapes)
         preview_interval = fields.pop("preview_interval", 0)
         if preview_interval < 0:
             raise stub.MalformedField(
@@ -67,7 +67,7 @@ class TritonPythonModel:
             "request_id": request_id,
             "preview_interval": preview_interval,
         }
-        connection = wire.connect()
+        connection = wire.connect(self._engine)
         wire.send(connection, header, blobs)
         return Stream(connection, sender, is_json=fields.get("output_format") == b"b64_png")
 

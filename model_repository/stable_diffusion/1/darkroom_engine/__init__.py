@@ -5,9 +5,9 @@ The life of a request:
 1. The adapter parses a request into a frozen, validated `ImageRequest`.
 2. `Engine.submit` makes a `Job` of it and puts one `Sample` per picture in the waiting queue.
 3. Each turn the `Scheduler` retires cancelled and expired samples and admits waiting ones.
-4. Admitted samples get their prompt embeddings (cached by text) and begin with their own seeded noise,
-   on the request's `Canvas` if it starts from a picture.
-5. `StepBatch` gathers the samples of one group into one call of the `Denoiser`, each at its own step.
+4. Admitted samples get their prompt embeddings (cached by text) and their own seeded noise, on the
+   request's `Canvas` if it starts from a picture.
+5. `StepBatch` gathers the samples of one group into one call of the `Denoiser`, each at its step.
 6. Guidance and the solver's coefficient table advance every sample by its own row.
 7. Finished samples go to the `Developer`, which decodes, encodes and answers.
 8. The turn repeats while anyone waits or runs; otherwise the engine sleeps.

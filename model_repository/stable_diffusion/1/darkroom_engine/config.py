@@ -29,8 +29,8 @@ class EngineConfig:
     seconds_per_priority: int = 10
     """A level of `priority` counts as having arrived so much earlier."""
     vae_tile_size: int = 1536
-    """Pictures with a longer side, in pixels, are encoded and decoded in tiles of this size; 0 takes
-    all in one piece."""
+    """Pictures with a longer side, in pixels, are encoded and decoded in tiles of this size; 0
+    takes all in one piece."""
     vae_tile_overlap: int = 128
     """Over how many pixels neighbouring tiles are faded into each other."""
     heal_timeout_s: int = 60
