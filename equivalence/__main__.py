@@ -70,8 +70,7 @@ def _compare_all(
             if options.pop("output_format", None) == "latent":
                 return [client.generate_latents(prompt, **options)]
             count = options.pop("num_images_per_prompt", 1)
-            pictures = client.generate(prompt, num_images_per_prompt=count, **options)
-            return [picture.image for picture in pictures]
+            return client.generate(prompt, num_images_per_prompt=count, **options)
 
         for case in cases:
             yield compare(case, reference, generate)

@@ -1,34 +1,37 @@
 """The whole way from a checkpoint to a model repository."""
 
-import gc
-from importlib import metadata
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from darkroom.progress import Progress, silent_progress
 from darkroom_export import repository as repo
 from darkroom_export.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from darkroom_export.controlnet import (
+    ControlNet,
+    check_controlnets,
+    check_name,
+    controlnet_spec,
+    find_controlnets,
+)
 from darkroom_export.errors import ExportError
-from darkroom_export.networks import (
-    MAX_BATCH_SIZE,
-    network_specs,
-    unet_size_factor,
-    vae_scale_factor,
-)
-from darkroom_export.precision import Precision
+from darkroom_export.families import FAMILIES, Family, vae_scale_factor
+from darkroom_export.loop import loop_reference, verify_loop
+from darkroom_export.lora import LoraFile, add_adapters, add_lora_inputs, load_and_fuse
+from darkroom_export.manifest import MANIFEST_FORMAT, Defaults, describe, describe_text
+from darkroom_export.memory import free
+from darkroom_export.networks import MAX_BATCH_SIZE, NetworkSpec, network_specs
+from darkroom_export.precision import Precision, in_float32
 from darkroom_export.preview import fit_preview
+from darkroom_export.safety import describe_safety_checker, safety_checker_spec
 from darkroom_export.to_onnx import export_onnx
-from darkroom_export.verify import (
-    Reference,
-    loop_reference,
-    network_reference,
-    verify_loop,
-    verify_network,
-)
+from darkroom_export.verify import input_shapes, network_reference, verify_network
 
-MANIFEST_FORMAT = 2
 SEED = 20
-_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
 def export_checkpoint(
@@ -39,6 +42,14 @@ def export_checkpoint(
     config: str | None = None,
     force: bool = False,
     progress: Progress = silent_progress,
+    controlnets: Mapping[str, str] | None = None,
+    safety_checker: bool = False,
+    loras: Mapping[str, str] | None = None,
+    variants: Mapping[str, Sequence[tuple[str, float]]] | None = None,
+    fused_loras: Sequence[tuple[str, float]] = (),
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    sampler: str | None = None,
 ) -> bool:
     """Export a checkpoint into the model repository `target`.
 
@@ -46,6 +57,13 @@ def export_checkpoint(
         source: a diffusers folder, a single .safetensors file, or a hub id.
         config: for a single file, the diffusers folder that describes its architecture.
         force: replace a repository that was made from something else.
+        controlnets: diffusers folders or .safetensors files, by the names that requests will use.
+        safety_checker: export the checkpoint's safety checker too.
+        loras: files by name, of which each row of a call may take its own share.
+        variants: files with their scales by name, that become part of further networks.
+        fused_loras: files with their scales, that become part of all that is exported.
+        num_inference_steps, guidance_scale, sampler: what a request that does not say so gets, in
+            place of what the checkpoint was made for.
 
     Returns:
         False if `target` was made from the same checkpoint before: then its networks are kept, and
@@ -57,7 +75,17 @@ def export_checkpoint(
     """
     existing = _existing(target)
     files = find_checkpoint(source, config)
-    identity = {"sha256": files.sha256, "precision": str(precision)}
+    defaults = Defaults(num_inference_steps, guidance_scale, sampler)
+    extras = _Extras(
+        find_controlnets(controlnets or {}),
+        safety_checker,
+        {name: Path(path) for name, path in (loras or {}).items()},
+        {name: _lora_files(pairs) for name, pairs in (variants or {}).items()},
+        _lora_files(fused_loras),
+    )
+    identity = {"sha256": files.sha256, "precision": str(precision), **extras.identity()}
+    if given := defaults.given():
+        identity["defaults"] = given
     if existing is not None and not force:
         is_same = existing.get("identity") == identity
         if is_same and _is_complete(target, existing):
@@ -66,128 +94,161 @@ def export_checkpoint(
         if not (is_same and _is_outdated(existing)):
             raise ExportError(
                 f"{target}: holds {existing.get('name')} in {existing.get('precision')}, made from "
-                "another checkpoint or in another precision, or is damaged; --force replaces it"
+                "another checkpoint or with other options, or is damaged; --force replaces it"
             )
+
+    def load() -> Checkpoint:
+        checkpoint = load_checkpoint(files, config, with_safety_checker=safety_checker)
+        load_and_fuse(checkpoint.pipeline, extras.fused_loras)
+        return checkpoint
+
     with progress("loading the checkpoint"):
-        checkpoint = load_checkpoint(files, config)
+        checkpoint = load()
+    family = FAMILIES[checkpoint.family]
+    check_controlnets(extras.controlnets, checkpoint.pipeline, family)
     with repo.atomic_directory(target) as partial:
-        manifest = _export_networks(checkpoint, partial, precision, progress)
-        manifest["name"] = target.resolve().name
-        manifest["identity"] = identity
+        manifest = describe(checkpoint, precision, defaults, extras.controlnets)
+        manifest |= {"name": target.resolve().name, "identity": identity}
+        manifest["text"] = describe_text(checkpoint.pipeline, family, partial)
+        if safety_checker:
+            manifest["safety_checker"] = describe_safety_checker(checkpoint.pipeline)
+        export = _Export(family, extras, partial, precision, progress, manifest)
+        export.checkpoint(checkpoint.pipeline)
+        del checkpoint
+        for name, variant in extras.variants.items():
+            with progress(f"loading the checkpoint again, for the variant {name}"):
+                pipeline = load().pipeline
+                changed = load_and_fuse(pipeline, variant)
+            export.variant(name, pipeline, changed)
         repo.write_python_models(partial, manifest["networks"])
         repo.write_manifest(partial, manifest)
+        if extras.loras:
+            add_adapters(partial, extras.loras)
     return True
 
 
-def _export_networks(
-    checkpoint: Checkpoint, target: Path, precision: Precision, progress: Progress
-) -> dict[str, Any]:
-    pipeline = checkpoint.pipeline
-    manifest = _describe(checkpoint, precision)
-    manifest["tokenizer"] = _write_tokenizer(pipeline.tokenizer, target)
-    specs = network_specs(pipeline)
-    # PyTorch answers first: exporting converts the weights in place, and then frees them.
-    with progress("running the checkpoint in PyTorch, to compare with"):
-        loop = loop_reference(pipeline, SEED)
-        references: dict[str, Reference] = {
-            spec.name: network_reference(spec, pipeline, SEED + 1) for spec in specs
-        }
-    with progress("fitting the colours of the latents, for previews"):
-        manifest["preview"] = fit_preview(pipeline.vae, vae_scale_factor(pipeline), SEED + 2)
-    scheduler, scaling_factor = pipeline.scheduler, float(pipeline.vae.config.scaling_factor)
+@dataclass(frozen=True)
+class _Extras:
+    """What is exported with a checkpoint's own networks, or into them."""
 
-    paths: dict[str, Path] = {}
-    for spec in specs:
-        path = paths[spec.name] = repo.write_network_model(target, spec)
-        with progress(f"exporting {spec.name} to {precision} ONNX"):
-            files = export_onnx(spec, precision, path)
-            spec.module.to("meta")
-            gc.collect()
-        with progress(f"comparing {spec.name} with PyTorch"):
-            verification = verify_network(spec, references.pop(spec.name), path, precision)
-        manifest["networks"][spec.name] = {
-            "files": repo.hash_files(target, files),
-            "inputs": [tensor.name for tensor in spec.inputs],
+    controlnets: list[ControlNet]
+    safety_checker: bool
+    loras: Mapping[str, Path]
+    variants: Mapping[str, Sequence[LoraFile]]
+    fused_loras: Sequence[LoraFile]
+
+    def __post_init__(self) -> None:
+        for name in self.variants:
+            check_name("variant", name)
+
+    def identity(self) -> dict[str, Any]:
+        """What of it there is, pinned by contents."""
+        parts = {
+            "controlnets": {net.name: net.files.sha256 for net in self.controlnets},
+            "safety_checker": self.safety_checker,
+            "loras": {name: _sha256(path) for name, path in self.loras.items()},
+            "variants": {
+                name: [_pinned(lora) for lora in loras] for name, loras in self.variants.items()
+            },
+            "fused_loras": [_pinned(lora) for lora in self.fused_loras],
+        }
+        return {key: value for key, value in parts.items() if value}
+
+
+def _lora_files(pairs: Sequence[tuple[str, float]]) -> list[LoraFile]:
+    return [LoraFile(Path(path), scale) for path, scale in pairs]
+
+
+def _pinned(lora: LoraFile) -> list[Any]:
+    return [_sha256(lora.path), lora.scale]
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise ExportError(f"{path}: {error.strerror}") from None
+
+
+@dataclass(frozen=True)
+class _Export:
+    """An export under way: networks are written, compared, and noted in the manifest.
+
+    Only the network that is being exported is in float32, or converted; then it is freed.
+    """
+
+    family: Family
+    extras: _Extras
+    target: Path
+    precision: Precision
+    progress: Progress
+    manifest: dict[str, Any]
+    specs: dict[str, NetworkSpec] = field(default_factory=dict)
+    """Of the networks that were exported, without their modules."""
+    paths: dict[str, Path] = field(default_factory=dict)
+
+    def checkpoint(self, pipeline: Any) -> None:
+        """Export all networks, and compare the loop over them."""
+        with self.progress("running the checkpoint in PyTorch, to compare with"):
+            loop = loop_reference(pipeline, self.family, SEED)
+        fitting = "fitting the colours of the latents, for previews"
+        with self.progress(fitting), in_float32(pipeline.vae):
+            preview = fit_preview(pipeline.vae, vae_scale_factor(pipeline), SEED + 2)
+        self.manifest["preview"] = preview
+        for spec in self._specs(pipeline):
+            self._network(spec, pipeline)
+        with self.progress("comparing the whole loop with diffusers"):
+            record = verify_loop(loop, self.specs, self.paths, self.precision)
+        self.manifest["verification"] = record
+
+    def variant(self, name: str, pipeline: Any, changed: Sequence[str]) -> None:
+        """Export the networks that a variant's LoRAs changed, and compare the loop over them."""
+        with self.progress(f"running the variant {name} in PyTorch, to compare with"):
+            loop = loop_reference(pipeline, self.family, SEED)
+        names = {network: f"{network}_{name}" for network in changed}
+        for spec in self._own_specs(pipeline):
+            if spec.name in names:
+                self._network(replace(spec, name=names[spec.name]), pipeline)
+        paths = self.paths | {network: self.paths[other] for network, other in names.items()}
+        with self.progress(f"comparing the whole loop of the variant {name} with diffusers"):
+            verify_loop(loop, self.specs, paths, self.precision)
+        self.manifest["variants"][name] = names
+
+    def _specs(self, pipeline: Any) -> Iterator[NetworkSpec]:
+        """All networks; a ControlNet is loaded when its turn comes."""
+        yield from self._own_specs(pipeline)
+        if self.extras.safety_checker:
+            yield safety_checker_spec(pipeline)
+        for controlnet in self.extras.controlnets:
+            yield controlnet_spec(controlnet, pipeline, self.family)
+
+    def _own_specs(self, pipeline: Any) -> Iterator[NetworkSpec]:
+        is_controlled = bool(self.extras.controlnets)
+        for spec in network_specs(pipeline, self.family, is_controlled=is_controlled):
+            is_adaptable = spec.name == self.family.denoiser and self.extras.loras
+            yield add_lora_inputs(spec) if is_adaptable else spec
+
+    def _network(self, spec: NetworkSpec, pipeline: Any) -> None:
+        path = repo.write_network_model(self.target, spec)
+        with self.progress(f"running {spec.name} in PyTorch, to compare with"):
+            shapes = input_shapes(pipeline, self.family)
+            reference = network_reference(spec, shapes, SEED + 1)
+        with self.progress(f"exporting {spec.name} to {spec.precision(self.precision)} ONNX"):
+            files = export_onnx(spec, self.precision, path)
+            free(spec.module)
+        with self.progress(f"comparing {spec.name} with PyTorch"):
+            verification = verify_network(spec, reference, path, self.precision)
+        self.manifest["networks"][spec.name] = {
+            "files": repo.hash_files(self.target, files),
+            "inputs": [tensor.name for tensor in repo.served_inputs(spec)],
             "outputs": [tensor.name for tensor in spec.outputs],
             "max_batch_size": MAX_BATCH_SIZE,
+            "precision": str(spec.precision(self.precision)),
             "verification": verification,
         }
-    with progress("comparing the whole loop with diffusers"):
-        manifest["verification"] = verify_loop(loop, scheduler, scaling_factor, paths, precision)
-    return manifest
-
-
-def _describe(checkpoint: Checkpoint, precision: Precision) -> dict[str, Any]:
-    """All of the manifest that is known before the networks are exported."""
-    pipeline = checkpoint.pipeline
-    scheduler = pipeline.scheduler
-    scheduler_config = scheduler.config
-    alphas_cumprod = scheduler.alphas_cumprod
-    vae_factor = vae_scale_factor(pipeline)
-    size_multiple = vae_factor * unet_size_factor(pipeline)
-    native_size = pipeline.unet.config.sample_size * vae_factor
-    return {
-        "format": MANIFEST_FORMAT,
-        "family": checkpoint.family,
-        "checkpoint": {"source": checkpoint.files.source, "sha256": checkpoint.files.sha256},
-        "precision": str(precision),
-        "backend": "python-onnxruntime",
-        "latents": {
-            "channels": pipeline.vae.config.latent_channels,
-            "vae_scale_factor": vae_factor,
-            "vae_scaling_factor": float(pipeline.vae.config.scaling_factor),
-        },
-        "noise_schedule": {
-            "train_sigmas": (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).tolist(),
-            "prediction_type": scheduler_config.prediction_type,
-            "timestep_spacing": scheduler_config.timestep_spacing,
-            "steps_offset": scheduler_config.steps_offset,
-            # A key of DDIM's, which other schedulers carry along.
-            "set_alpha_to_one": bool(scheduler_config.get("set_alpha_to_one", True)),
-        },
-        "solver": {
-            key: scheduler_config[key]
-            for key in (
-                "solver_order",
-                "solver_type",
-                "predict_x0",
-                "lower_order_final",
-                "disable_corrector",
-                "use_karras_sigmas",
-                "final_sigmas_type",
-            )
-        },
-        "limits": {
-            "default_width": native_size,
-            "default_height": native_size,
-            "default_num_inference_steps": 25,
-            "default_guidance_scale": 7.5,
-            "size_multiple": size_multiple,
-            "min_size": 2 * size_multiple if 2 * size_multiple <= 128 else size_multiple,
-            "max_size": 2 * native_size,
-            "max_num_inference_steps": 150,
-            "max_guidance_scale": 50.0,
-            "max_num_images_per_prompt": 16,
-            # At least one layer reads the prompt.
-            "max_clip_skip": pipeline.text_encoder.config.num_hidden_layers - 1,
-        },
-        "networks": {},
-        "versions": {tool: metadata.version(tool) for tool in ("darkroom", *_TOOLS)},
-    }
-
-
-def _write_tokenizer(tokenizer: Any, target: Path) -> dict[str, Any]:
-    """Write the tokenizer in the one file that the engine reads; returns its manifest record."""
-    file = "tokenizer/tokenizer.json"
-    (target / file).parent.mkdir()
-    tokenizer.backend_tokenizer.save(str(target / file))
-    return {
-        "file": file,
-        "max_length": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+        self.specs[spec.name] = replace(spec, module=nn.Identity())
+        self.paths[spec.name] = path
 
 
 def _existing(target: Path) -> dict[str, Any] | None:

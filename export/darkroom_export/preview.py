@@ -22,9 +22,10 @@ LATENT_SIZE = 12
 def fit_preview(vae: Any, scale_factor: int, seed: int) -> dict[str, Any]:
     """Fit colours = latents @ matrix + bias to synthetic pictures; returns the manifest's record.
 
-    The latents are those of the denoising loop, hence scaled; a latent's colours, in [-1, 1], are
-    the mean of the `scale_factor`^2 pixels that the decoder makes of it. `r2` is measured on
-    pictures that were not fitted: the part of the colours' variance that the map explains.
+    The latents are those of the denoising loop, hence shifted and scaled; a latent's colours, in
+    [-1, 1], are the mean of the `scale_factor`^2 pixels that the decoder makes of it. `r2` is
+    measured on pictures that were not fitted: the part of the colours' variance that the map
+    explains.
 
     Raises:
         ExportError: the VAE makes something that is not a finite number.
@@ -72,7 +73,7 @@ def synthetic_picture(index: int, size: int, generator: torch.Generator) -> torc
 def _latents_and_colours(
     vae: Any, scale_factor: int, picture: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1, C, h, w) latents as the UNet sees them, and (1, 3, h, w) colours that they stand for."""
+    """(1, C, h, w) latents as the denoiser sees them, and (1, 3, h, w) colours of theirs."""
     with torch.no_grad():
         latents = vae.encode(picture).latent_dist.mode()
         pixels = vae.decode(latents, return_dict=False)[0]
@@ -81,7 +82,8 @@ def _latents_and_colours(
             raise ExportError(f"vae: the {side}'s output is not finite, the weights are broken")
     # What a decoder makes beyond black and white, nobody sees.
     colours = functional.avg_pool2d(pixels.clamp(-1, 1), scale_factor)
-    return latents * vae.config.scaling_factor, colours
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (latents - shift) * vae.config.scaling_factor, colours
 
 
 def _joined(

@@ -16,6 +16,7 @@ from tritonclient.grpc import model_config_pb2
 
 from darkroom.process import is_alive
 from darkroom_export.errors import ExportError
+from darkroom_export.lora_inputs import WeightSpec
 from darkroom_export.networks import MAX_BATCH_SIZE, NetworkSpec, TensorSpec
 
 MANIFEST = "manifest.json"
@@ -95,14 +96,23 @@ def network_config(spec: NetworkSpec) -> model_config_pb2.ModelConfig:
     config = model_config_pb2.ModelConfig(
         name=spec.name, backend="python", max_batch_size=MAX_BATCH_SIZE
     )
-    for tensor in spec.inputs:
-        _describe(config.input.add(), tensor)
+    for tensor in served_inputs(spec):
+        _describe(config.input.add(optional=tensor.optional is not None), tensor)
     for tensor in spec.outputs:
         _describe(config.output.add(), tensor)
     config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=1)
     # The name is the ONNX Runtime backend's; 0 takes all cores.
     config.parameters["intra_op_thread_count"].string_value = "0"
+    # An empty record is of an input that the runner knows by its name.
+    optional = {tensor.name: dict(tensor.optional) for tensor in spec.inputs if tensor.optional}
+    if optional:
+        config.parameters["optional_inputs"].string_value = json.dumps(optional)
     return config
+
+
+def served_inputs(spec: NetworkSpec) -> list[TensorSpec]:
+    """Those that Triton sees: weights of adapters are read by what runs the graph."""
+    return [tensor for tensor in spec.inputs if not isinstance(tensor, WeightSpec)]
 
 
 def write_manifest(repository: Path, manifest: dict[str, Any]) -> None:

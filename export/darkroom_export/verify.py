@@ -1,6 +1,6 @@
-"""Compare what was exported with PyTorch: each network alone, then all of them in the loop."""
+"""Compare an exported network with PyTorch, on fresh random inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from darkroom_export.errors import ExportError
-from darkroom_export.networks import (
-    InputShape,
-    NetworkSpec,
-    unet_size_factor,
-    vae_scale_factor,
-)
+from darkroom_export.families import Family, size_factor
+from darkroom_export.networks import InputShape, NetworkSpec
 from darkroom_export.precision import Precision
 
 Array = NDArray[np.float32]
-
-LOOP_PROMPT = "a photograph of an astronaut riding a horse"
-LOOP_STEPS = 4
-LOOP_GUIDANCE_SCALE = 5.0
-LOOP_TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2}
-"""Largest error of the final latents, as a fraction of the largest latent."""
-PICTURE_TOLERANCE = {Precision.FP32: 1 / 255, Precision.FP16: 4 / 255}
-"""Mean absolute error of the picture, in the range 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -38,28 +26,22 @@ class Reference:
     """Inputs and outputs of each call."""
 
 
-@dataclass(frozen=True)
-class LoopReference:
-    """What the diffusers pipeline makes of given noise in float32."""
-
-    noise: torch.Tensor
-    token_ids: torch.Tensor
-    """(2, 77), the empty prompt and the prompt."""
-    latents: Array
-    picture: Array
-    """(1, 3, H, W) in 0 to 1."""
-
-
-def network_reference(spec: NetworkSpec, pipeline: Any, seed: int) -> Reference:
-    """Run the PyTorch network on fresh random inputs of several batch sizes and shapes."""
-    factor = unet_size_factor(pipeline)
-    native = min(pipeline.unet.config.sample_size, 64)
-    shapes = [
-        InputShape(1, native, native),
-        InputShape(2, 2 * factor, 4 * factor, chunks=2),
-        InputShape(3, 4 * factor, 2 * factor),
-        InputShape(5, 2 * factor, 2 * factor, chunks=3),
+def input_shapes(pipeline: Any, family: Family) -> list[InputShape]:
+    """Several batch sizes, sizes of picture and lengths of prompt to compare with."""
+    factor = size_factor(pipeline, family)
+    native = min(getattr(pipeline, family.denoiser).config.sample_size, 64)
+    tokens = family.t5_length
+    return [
+        InputShape(1, native, native, sequence=77 + tokens),
+        InputShape(2, 2 * factor, 4 * factor, sequence=2 * 77 + tokens),
+        InputShape(3, 4 * factor, 2 * factor, sequence=77 + tokens),
+        InputShape(5, 2 * factor, 2 * factor, sequence=3 * 77 + tokens),
     ]
+
+
+def network_reference(spec: NetworkSpec, shapes: Sequence[InputShape], seed: int) -> Reference:
+    """Run the PyTorch network, which is left converted to float32, on fresh random inputs."""
+    spec.module.eval().to(torch.float32)
     generator = torch.Generator().manual_seed(seed)
     cases = []
     with torch.no_grad():
@@ -80,10 +62,13 @@ def verify_network(
         ExportError: an output has another shape, is not finite, or is off by more than allowed.
     """
     session = open_session(path)
+    precision = spec.precision(precision)
     errors = dict.fromkeys((tensor.name for tensor in spec.outputs), 0.0)
     shapes = []
     for inputs, expected in reference.cases:
-        actual = run(session, *(tensor.numpy() for tensor in inputs))
+        names = [tensor.name for tensor in spec.inputs]
+        feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        actual = run(session, feed, list(errors))
         shapes.append([list(tensor.shape) for tensor in inputs])
         for output, ours, theirs in zip(errors, actual, expected, strict=True):
             name = f"{spec.name}: {output}"
@@ -105,82 +90,6 @@ def verify_network(
     }
 
 
-def loop_reference(pipeline: Any, seed: int) -> LoopReference:
-    """Run the diffusers pipeline: few steps, guided, at a small size."""
-    factor = vae_scale_factor(pipeline)
-    size = min(pipeline.unet.config.sample_size * factor, 256)
-    generator = torch.Generator().manual_seed(seed)
-    shape = (1, pipeline.unet.config.in_channels, size // factor, size // factor)
-    noise = torch.randn(shape, generator=generator)
-    tokens = pipeline.tokenizer(
-        ["", LOOP_PROMPT],
-        padding="max_length",
-        max_length=pipeline.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    with torch.no_grad():
-        latents = pipeline(
-            LOOP_PROMPT,
-            num_inference_steps=LOOP_STEPS,
-            guidance_scale=LOOP_GUIDANCE_SCALE,
-            width=size,
-            height=size,
-            latents=noise,
-            output_type="latent",
-        ).images
-        scaled = latents / pipeline.vae.config.scaling_factor
-        picture = _to_unit(pipeline.vae.decode(scaled).sample.numpy())
-    return LoopReference(noise, tokens.input_ids, latents.numpy(), picture)
-
-
-def verify_loop(
-    reference: LoopReference,
-    scheduler: Any,
-    scaling_factor: float,
-    paths: dict[str, Path],
-    precision: Precision,
-) -> dict[str, Any]:
-    """Run the same loop over the ONNX networks; returns the manifest's record of the result.
-
-    Raises:
-        ExportError: the final latents or the picture are off by more than allowed.
-    """
-    hidden, *_ = run(open_session(paths["text_encoder"]), reference.token_ids.numpy())
-    unet = open_session(paths["unet"])
-    latents = reference.noise
-    scheduler.set_timesteps(LOOP_STEPS)
-    for timestep in scheduler.timesteps:
-        sample = latents.repeat(2, 1, 1, 1).numpy()
-        (output,) = run(unet, sample, np.full(2, float(timestep), np.float32), hidden)
-        unconditional, conditional = torch.from_numpy(output).chunk(2)
-        guided = unconditional + LOOP_GUIDANCE_SCALE * (conditional - unconditional)
-        latents = scheduler.step(guided, timestep, latents).prev_sample
-    decoder = open_session(paths["vae_decoder"])
-    (pixels,) = run(decoder, latents.numpy() / scaling_factor)
-    picture = _to_unit(pixels)
-
-    error = relative_error("the loop: its result", latents.numpy(), reference.latents)
-    picture_error = float(np.abs(picture - reference.picture).mean())
-    tolerance, picture_tolerance = LOOP_TOLERANCE[precision], PICTURE_TOLERANCE[precision]
-    # Written so that an error that is not a number is refused too.
-    if not (error <= tolerance and picture_error <= picture_tolerance):
-        raise ExportError(
-            f"the loop over the {precision} networks differs from diffusers: latents by "
-            f"{error:.2e} of their range (allowed {tolerance:.0e}), picture by "
-            f"{255 * picture_error:.2f}/255 on average (allowed {255 * picture_tolerance:.0f}/255)"
-        )
-    return {
-        "num_inference_steps": LOOP_STEPS,
-        "guidance_scale": LOOP_GUIDANCE_SCALE,
-        "error": error,
-        "tolerance": tolerance,
-        "picture_error": picture_error,
-        "picture_tolerance": picture_tolerance,
-    }
-
-
 def open_session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -189,11 +98,13 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     )
 
 
-def run(session: onnxruntime.InferenceSession, *inputs: NDArray[Any]) -> list[Array]:
-    """The session's outputs, for inputs in the graph's order."""
-    names: Sequence[str] = [entry.name for entry in session.get_inputs()]
-    outputs: list[Array] = session.run(None, dict(zip(names, inputs, strict=True)))
-    return outputs
+def run(
+    session: onnxruntime.InferenceSession,
+    inputs: Mapping[str, NDArray[Any]],
+    outputs: Sequence[str],
+) -> list[Array]:
+    arrays: list[Array] = session.run(list(outputs), dict(inputs))
+    return arrays
 
 
 def relative_error(name: str, actual: Array, expected: Array) -> float:
@@ -206,8 +117,6 @@ def relative_error(name: str, actual: Array, expected: Array) -> float:
         raise ExportError(f"{name} of PyTorch is not finite, the weights are broken")
     if not np.isfinite(actual).all():
         raise ExportError(f"{name} is not finite, the precision may be too low for it")
-    return float(np.abs(actual - expected).max() / np.abs(expected).max())
-
-
-def _to_unit(sample: Array) -> Array:
-    return np.clip(sample / 2 + 0.5, 0, 1)
+    # Of zeros alone, the difference itself.
+    largest = float(np.abs(expected).max()) or 1.0
+    return float(np.abs(actual - expected).max()) / largest

@@ -17,10 +17,10 @@ from tritonclient.grpc import model_config_pb2
 from darkroom_engine import Manifest
 from darkroom_export import ExportError, Precision, export_checkpoint
 from darkroom_export.checkpoint import find_checkpoint, load_checkpoint
-from darkroom_export.export import _describe
+from darkroom_export.manifest import Defaults, describe
 
-NETWORKS = ("text_encoder", "unet", "vae_decoder")
-FACES = ("stable_diffusion", "stable_diffusion_cancel", "stable_diffusion_stream")
+NETWORKS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+FACES = ("darkroom", "stable_diffusion", "stable_diffusion_cancel", "stable_diffusion_stream")
 TEMPLATES = Path(__file__).parents[2] / "model_repository"
 ORT_TYPES = {
     model_config_pb2.TYPE_FP32: "tensor(float)",
@@ -88,7 +88,7 @@ def test_nothing_is_left_beside_the_repository(repository: Path) -> None:
 def test_the_manifest_describes_the_checkpoint(fp32: Path, checkpoint: Path) -> None:
     manifest = manifest_of(fp32)
 
-    assert (manifest["format"], manifest["name"], manifest["family"]) == (2, "repository", "sd1")
+    assert (manifest["format"], manifest["name"], manifest["family"]) == (3, "repository", "sd1")
     assert (manifest["precision"], manifest["backend"]) == ("fp32", "python-onnxruntime")
     assert manifest["checkpoint"]["source"] == str(checkpoint)
     assert len(manifest["checkpoint"]["sha256"]) == 64
@@ -96,6 +96,7 @@ def test_the_manifest_describes_the_checkpoint(fp32: Path, checkpoint: Path) -> 
         "channels": 4,
         "vae_scale_factor": 8,
         "vae_scaling_factor": 0.18215,
+        "vae_shift_factor": 0.0,
     }
     limits = manifest["limits"]
     assert (limits["default_width"], limits["default_height"]) == (128, 128)
@@ -198,6 +199,7 @@ def test_the_networks_are_the_contract(fp32: Path) -> None:
         "text_encoder": (["input_ids"], ["last_hidden_state", "hidden_states"]),
         "unet": (["sample", "timestep", "encoder_hidden_states"], ["out_sample"]),
         "vae_decoder": (["latent_sample"], ["sample"]),
+        "vae_encoder": (["sample"], ["latent_parameters"]),
     }
 
 
@@ -218,7 +220,10 @@ def test_the_batch_is_dynamic(repository: Path, batch: int) -> None:
 @pytest.mark.parametrize(("height", "width"), [(2, 2), (4, 10), (16, 16), (32, 18)])
 def test_height_and_width_are_dynamic(repository: Path, height: int, width: int) -> None:
     assert run_unet(repository, 2, height, width).shape == (2, 4, height, width)
-    assert run_vae_decoder(repository, 1, height, width).shape == (1, 3, 8 * height, 8 * width)
+    pixels = run_vae_decoder(repository, 1, height, width)
+    assert pixels.shape == (1, 3, 8 * height, 8 * width)
+    (parameters,) = session_of(repository, "vae_encoder").run(None, {"sample": pixels})
+    assert parameters.shape == (1, 8, height, width)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3, 4, 12])
@@ -441,7 +446,8 @@ def test_the_checkpoints_own_scheduler_lands_in_the_manifest(
     index = json.loads((broken / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", config["_class_name"]]
     (broken / "model_index.json").write_text(json.dumps(index))
-    manifest = _describe(load_checkpoint(find_checkpoint(str(broken))), Precision.FP32)
+    checkpoint = load_checkpoint(find_checkpoint(str(broken)))
+    manifest = describe(checkpoint, Precision.FP32, Defaults(), [])
 
     assert manifest["noise_schedule"] | schedule == manifest["noise_schedule"]
     assert manifest["solver"] | solver == manifest["solver"]

@@ -9,7 +9,7 @@ import torch
 
 from darkroom_export import ExportError
 from darkroom_export.checkpoint import find_checkpoint, load_checkpoint
-from darkroom_export.networks import vae_scale_factor
+from darkroom_export.families import vae_scale_factor
 from darkroom_export.preview import fit_preview, synthetic_picture
 
 EMBEDDED = Path(__file__).parents[2] / "shapes" / "checkpoint"
@@ -19,7 +19,7 @@ EMBEDDED = Path(__file__).parents[2] / "shapes" / "checkpoint"
 def vae() -> Any:
     pipeline = load_checkpoint(find_checkpoint(str(EMBEDDED))).pipeline
     assert vae_scale_factor(pipeline) == 8
-    return pipeline.vae
+    return pipeline.vae.float()
 
 
 @pytest.fixture(scope="module")
