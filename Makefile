@@ -21,7 +21,7 @@ demo: $(INSTALLED)  ## Make a picture by a real tritonserver [PROMPT="..."] [OUT
 
 .PHONY: test
 test: $(INSTALLED)  ## Run all tests, those through a real tritonserver too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 .PHONY: test-fast
 test-fast: $(INSTALLED)  ## Run the tests that need neither PyTorch nor a server: seconds
@@ -61,6 +61,14 @@ bench-overload: build/shapes/manifest.json  ## Ask for three times what the serv
 .PHONY: bench-fairness
 bench-fairness: build/shapes/manifest.json  ## Measure who waits for whom when all rows are taken
 	$(BIN)/python benchmarks/fairness.py build/shapes
+
+.PHONY: bench-memory
+bench-memory: build/shapes/manifest.json  ## Measure what each memory profile saves and costs
+	$(BIN)/python benchmarks/memory.py build/shapes
+
+.PHONY: equivalence
+equivalence: $(INSTALLED)  ## Compare every family and mode with diffusers, and write the table
+	$(BIN)/python -m equivalence --output docs/equivalence.md
 
 .PHONY: soak
 soak: build/shapes/manifest.json  ## Send thousands of requests, and watch answers and memory

@@ -43,6 +43,8 @@ class ServedModel:
     repository: Path
     min_size: int
     """Pixels of the smallest picture that it makes."""
+    first_mode: str
+    """"text2img" where it makes pictures of a text alone, "img2img" or "inpaint" where not."""
     own_networks: tuple[str, ...]
     """As the repository names them."""
 
@@ -91,6 +93,7 @@ def read_models(sources: Sequence[Source]) -> list[ServedModel]:
                 name=name,
                 repository=repository,
                 min_size=int(manifest["limits"]["min_size"]),
+                first_mode=_first_mode(manifest.get("denoiser", {})),
                 own_networks=tuple(manifest["networks"]),
             )
         )
@@ -134,6 +137,14 @@ def _check_names(models: Sequence[ServedModel]) -> None:
                     f"{owners[name]}; NAME=PATH chooses another name"
                 )
         owners |= dict.fromkeys(model.folders, str(model.repository))
+
+
+def _first_mode(denoiser: dict[str, Any]) -> str:
+    """The first of the engine's modes, which it tells from the same."""
+    if denoiser.get("extra_channels"):
+        return "inpaint"
+    # A refiner.
+    return "img2img" if "aesthetic_score" in denoiser.get("time_ids", ()) else "text2img"
 
 
 def _read_manifest(repository: Path) -> dict[str, Any]:

@@ -379,7 +379,7 @@ class Server:
     def _probe_picture(self, model: ServedModel, timeout: float) -> Picture:
         with Client(self.grpc_url, model=model.name) as client:
             try:
-                return probe(client, timeout, model.min_size)
+                return probe(client, timeout, model.min_size, model.first_mode)
             except DarkroomError as error:
                 if len(self.models) == 1:
                     raise

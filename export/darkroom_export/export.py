@@ -21,7 +21,13 @@ from darkroom_export.controlnet import (
 from darkroom_export.errors import ExportError
 from darkroom_export.families import FAMILIES, Family, vae_scale_factor
 from darkroom_export.loop import loop_reference, verify_loop
-from darkroom_export.lora import LoraFile, add_adapters, add_lora_inputs, load_and_fuse
+from darkroom_export.lora import (
+    LoraFile,
+    add_adapters,
+    add_lora_inputs,
+    check_adapters,
+    load_and_fuse,
+)
 from darkroom_export.manifest import MANIFEST_FORMAT, Defaults, describe, describe_text
 from darkroom_export.memory import free
 from darkroom_export.networks import MAX_BATCH_SIZE, NetworkSpec, network_specs
@@ -106,6 +112,7 @@ def export_checkpoint(
         checkpoint = load()
     family = FAMILIES[checkpoint.family]
     check_controlnets(extras.controlnets, checkpoint.pipeline, family)
+    check_adapters(getattr(checkpoint.pipeline, family.denoiser), extras.loras)
     with repo.atomic_directory(target) as partial:
         manifest = describe(checkpoint, precision, defaults, extras.controlnets)
         manifest |= {"name": target.resolve().name, "identity": identity}
@@ -269,9 +276,9 @@ def _is_outdated(manifest: dict[str, Any]) -> bool:
 
 
 def _is_complete(target: Path, manifest: dict[str, Any]) -> bool:
-    networks = manifest.get("networks", {})
+    records = [*manifest.get("networks", {}).values(), *manifest.get("loras", {}).values()]
     return manifest.get("format") == MANIFEST_FORMAT and all(
         (target / file).is_file() and repo.hash_files(target, [target / file])[file] == sha256
-        for record in networks.values()
+        for record in records
         for file, sha256 in record["files"].items()
     )

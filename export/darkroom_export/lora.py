@@ -235,7 +235,7 @@ def _read_adapter(
     except ExportError as error:
         raise ExportError(
             f"{error}; row by row, only attention and feed-forward layers of the {network} can be "
-            "changed, other LoRAs have to be fused at the export (--lora)"
+            "changed, other LoRAs have to be fused at the export (--lora, --fuse-lora)"
         ) from error
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr
 from importlib import metadata
@@ -687,6 +687,143 @@ def test_exporting_nothing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"{tmp_path / 'nowhere'}: no such folder" in refusal(capsys)
 
 
+Export = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def export(monkeypatch: pytest.MonkeyPatch) -> Export:
+    """Runs `darkroom export` and gives what the exporter, which does nothing, is asked for."""
+    import darkroom_export
+
+    def export(*options: str) -> dict[str, Any]:
+        asked: dict[str, Any] = {}
+
+        def export_checkpoint(checkpoint: str, repository: Path, **given: Any) -> bool:
+            asked.update(given, checkpoint=checkpoint, repository=repository)
+            return True
+
+        monkeypatch.setattr(darkroom_export, "export_checkpoint", export_checkpoint)
+        assert main(["export", "checkpoint", "repository", *options]) == 0
+        return asked
+
+    return export
+
+
+@needs_export
+@pytest.mark.torch
+def test_an_export_has_no_loras_by_itself(export: Export) -> None:
+    asked = export()
+
+    assert (asked["checkpoint"], asked["repository"]) == ("checkpoint", Path("repository"))
+    assert (asked["variants"], asked["loras"], asked["fused_loras"]) == ({}, {}, [])
+
+
+@needs_export
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("value", "name", "file"),
+    [
+        ("loras/ink.safetensors", "ink", ("loras/ink.safetensors", 1.0)),
+        ("loras/ink.safetensors:-0.5", "ink", ("loras/ink.safetensors", -0.5)),
+        ("wash=ink.safetensors", "wash", ("ink.safetensors", 1.0)),
+        ("wash=ink.safetensors:0.8", "wash", ("ink.safetensors", 0.8)),
+        ("wash=a=b.safetensors", "wash", ("a=b.safetensors", 1.0)),
+        ("./a=b.safetensors:2", "a=b", ("./a=b.safetensors", 2.0)),
+        ("ink:1.safetensors", "ink:1", ("ink:1.safetensors", 1.0)),
+        ("wash=a:b/ink:1.safetensors:0.5", "wash", ("a:b/ink:1.safetensors", 0.5)),
+        ("ink.ckpt:1e-1", "ink", ("ink.ckpt", 0.1)),
+    ],
+)
+def test_a_lora_is_a_variant(export: Export, value: str, name: str, file: object) -> None:
+    assert export("--lora", value)["variants"] == {name: [file]}
+
+
+@needs_export
+@pytest.mark.torch
+def test_loras_of_one_name_are_one_variant(export: Export) -> None:
+    loras = ("wash=a.safetensors:0.5", "ink.safetensors", "wash=b.safetensors")
+    asked = export(*(option for lora in loras for option in ("--lora", lora)))
+
+    assert asked["variants"] == {
+        "wash": [("a.safetensors", 0.5), ("b.safetensors", 1.0)],
+        "ink": [("ink.safetensors", 1.0)],
+    }
+    assert (asked["loras"], asked["fused_loras"]) == ({}, [])
+
+
+@needs_export
+@pytest.mark.torch
+def test_adapters_and_loras_for_all_are_kept_apart(export: Export) -> None:
+    adapters = ("--adapter", "ink=ink.safetensors", "--adapter", "wash=a=b.safetensors")
+    fused = ("--fuse-lora", "lcm.safetensors", "--fuse-lora", "b.safetensors:0.25")
+    asked = export(*adapters, *fused)
+
+    assert asked["loras"] == {"ink": "ink.safetensors", "wash": "a=b.safetensors"}
+    assert asked["fused_loras"] == [("lcm.safetensors", 1.0), ("b.safetensors", 0.25)]
+    assert asked["variants"] == {}
+
+
+@needs_export
+@pytest.mark.torch
+@pytest.mark.parametrize("option", ["--adapter", "--controlnet"])
+def test_a_name_that_is_given_twice_is_refused(
+    capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    options = (option, "ink=a.safetensors", option, "ink=b.safetensors")
+
+    assert main(["export", "checkpoint", "repository", *options]) == 1
+    assert refusal(capsys) == f"darkroom: {option}: every name may be given once"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--lora", value) for value in ("", "wash=", "=ink.safetensors", ":0.5", "wash=:0.5")),
+        *(("--lora", f"ink.safetensors:{scale}") for scale in ("", "much", "nan", "-inf")),
+        ("--lora", "wash=ink.safetensors:nan"),
+        *(("--adapter", value) for value in ("", "ink", "ink=", "=ink.safetensors")),
+        *(("--fuse-lora", value) for value in ("", ":0.5", "ink.safetensors:nan", "a.ckpt:much")),
+    ],
+)
+def test_a_lora_that_is_none_is_named(
+    capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["export", "checkpoint", "repository", option, value])
+
+    assert caught.value.code == 2
+    assert f"argument {option}: {value!r} is not " in capsys.readouterr().err
+
+
+@needs_export
+@pytest.mark.torch
+def test_adapters_are_added_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import darkroom_export
+
+    added = []
+    monkeypatch.setattr(darkroom_export, "add_adapters", lambda *given: added.append(given))
+    command = ["add-adapter", "repository", "ink=ink.safetensors", "wash=a=b.safetensors"]
+
+    assert main(command) == 0
+    files = {"ink": Path("ink.safetensors"), "wash": Path("a=b.safetensors")}
+    assert added == [(Path("repository"), files)]
+    assert capsys.readouterr().out.startswith("repository: has ink, wash; ")
+    assert main([*command, "ink=b.safetensors"]) == 1
+    assert refusal(capsys) == "darkroom: add-adapter: every name may be given once"
+    assert len(added) == 1
+
+
+@needs_export
+@pytest.mark.torch
+def test_adding_to_what_is_no_repository_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["add-adapter", str(tmp_path), "ink=ink.safetensors"]) == 1
+    assert f"{tmp_path}: is no model repository of ours" in refusal(capsys)
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--version"])
@@ -713,6 +850,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["info", "one", "two"],
         ["cancel"],
         ["export", "checkpoint", "repository", "--precision", "fp4"],
+        ["export", "checkpoint", "repository", "--variant", "ink=ink.safetensors"],
+        ["add-adapter", "repository"],
+        ["add-adapter", "repository", "ink.safetensors"],
+        ["add-lora", "repository", "ink=ink.safetensors"],
         ["serve", "repository", "--response-cache", "much"],
     ],
 )

@@ -1,23 +1,26 @@
 """`darkroom probe`: one line, and an exit status that says whether a server makes pictures."""
 
+import re
 import socket
-from collections.abc import Callable
+from io import BytesIO
 from typing import Any
 
 import grpc
 import pytest
-from fake_triton import Arrays, Failure, FakeTriton, paint
+from fake_triton import MODEL_INFO, FakeTriton
+from PIL import Image
 
 from darkroom.cli import main
 
 
-def refusing_width_1(message: str) -> Callable[[dict[str, Any]], Arrays]:
-    def answer(fields: dict[str, Any]) -> Arrays:
-        if fields.get("width") == 1:
-            raise Failure(grpc.StatusCode.INVALID_ARGUMENT, message)
-        return paint(fields)
+def tell_modes(triton: FakeTriton, *modes: str) -> None:
+    triton.catalog = [{**MODEL_INFO, "limits": {"min_size": 24}, "modes": list(modes)}]
 
-    return answer
+
+def colours(encoded: bytes) -> tuple[str, tuple[int, int], Any]:
+    """The mode, the size and the least and the most of each channel."""
+    with Image.open(BytesIO(encoded)) as picture:
+        return picture.mode, picture.size, picture.getextrema()
 
 
 def refusal(capsys: pytest.CaptureFixture[str]) -> str:
@@ -31,14 +34,14 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_probe_asks_for_the_smallest_picture_that_the_server_allows(
     triton: FakeTriton, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    triton.answer = refusing_width_1("width: 1 is out of range, allowed are 24 to 128")
+    tell_modes(triton, "text2img", "img2img", "inpaint")
     status = main(["probe", "--url", triton.grpc_url])
 
     assert status == 0
     out = capsys.readouterr().out
     assert out.startswith(f"{triton.grpc_url} is alive: it made a picture of 24x24 in ")
     assert len(out.splitlines()) == 1
-    asked = triton.requests[-1]
+    (asked,) = triton.requests
     assert asked.pop("seed") >= 0
     assert asked == {
         "prompt": "",
@@ -50,14 +53,46 @@ def test_a_probe_asks_for_the_smallest_picture_that_the_server_allows(
     }
 
 
-@pytest.mark.parametrize("message", ["width: 1 is too narrow", "sampler: is missing"])
-def test_a_probe_asks_for_no_size_if_the_server_tells_none(
-    triton: FakeTriton, message: str
+@pytest.mark.parametrize("modes", [("img2img", "inpaint"), ("inpaint",)])
+def test_a_probe_starts_from_a_picture_where_a_text_alone_is_refused(
+    triton: FakeTriton, modes: tuple[str, ...]
 ) -> None:
-    triton.answer = refusing_width_1(message)
+    tell_modes(triton, *modes)
 
     assert main(["probe", "--url", triton.grpc_url]) == 0
-    assert triton.requests[-1].keys().isdisjoint({"width", "height"})
+    (asked,) = triton.requests
+    assert (asked["width"], asked["height"], asked["num_inference_steps"]) == (24, 24, 1)
+    # Of one step, the default of pictures to start from would leave none.
+    assert asked["strength"] == 1.0
+    assert colours(asked["image"]) == ("RGB", (24, 24), ((128, 128),) * 3)
+    if modes == ("inpaint",):
+        assert colours(asked["mask_image"]) == ("L", (24, 24), (255, 255))
+    else:
+        assert "mask_image" not in asked
+
+
+@pytest.mark.parametrize("untold", [{"limits": {}}, {"modes": []}])
+def test_a_server_that_does_not_tell_what_to_ask_for_is_one_line(
+    triton: FakeTriton, capsys: pytest.CaptureFixture[str], untold: dict[str, Any]
+) -> None:
+    triton.catalog = [{**MODEL_INFO, **untold}]
+
+    assert main(["probe", "--url", triton.grpc_url]) == 1
+    assert "tells no size or mode of stable_diffusion" in refusal(capsys)
+    assert triton.requests == []
+
+
+def test_a_probe_asks_the_model_that_is_named(
+    triton: FakeTriton, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["probe", "--url", triton.grpc_url, "--model", "refiner"]
+
+    assert main(options) == 1
+    assert refusal(capsys) == "darkroom: model: 'refiner' does not exist\n"
+    triton.models.add("refiner")
+    triton.catalog = [MODEL_INFO, {**MODEL_INFO, "model": "refiner", "limits": {"min_size": 16}}]
+    assert main(options) == 0
+    assert "16x16" in capsys.readouterr().out
 
 
 def test_no_two_probes_are_equal(triton: FakeTriton) -> None:
@@ -65,8 +100,7 @@ def test_no_two_probes_are_equal(triton: FakeTriton) -> None:
     for _ in range(2):
         assert main(["probe", "--url", triton.grpc_url]) == 0
 
-    seeds = {fields["seed"] for fields in triton.requests}
-    assert len(seeds) == len(triton.requests)
+    assert len({fields["seed"] for fields in triton.requests}) == 2
 
 
 def test_a_probe_over_http(triton: FakeTriton) -> None:
@@ -96,7 +130,8 @@ def test_a_server_that_does_not_answer_is_not(
     url = triton.grpc_url if protocol == "grpc" else triton.http_url
 
     assert main(["probe", "--url", url, "--timeout", "0.2"]) == 1
-    assert refusal(capsys) == f"darkroom: {url}: no picture within 0.2 s\n"
+    pattern = rf"darkroom: {re.escape(url)}: no picture within \d\.\d s\n"
+    assert re.fullmatch(pattern, refusal(capsys))
 
 
 def test_nobody_is_not(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from darkroom.cli import _engine_parameters, _parser, main
+from darkroom.cli import main, make_parser
+from darkroom.cli.serve import engine_parameters
 from darkroom.served_models import Source
 from darkroom.server import Server
 
@@ -26,7 +27,9 @@ from darkroom.server import Server
 def test_engines_are_told_what_was_chosen_and_no_more(
     options: list[str], parameters: dict[str, str]
 ) -> None:
-    assert _engine_parameters(_parser().parse_args(["serve", "repository", *options])) == parameters
+    parsed = make_parser().parse_args(["serve", "repository", *options])
+
+    assert engine_parameters(parsed) == parameters
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
@@ -51,6 +52,26 @@ def files(directory: Path) -> dict[str, bytes]:
         for path in directory.rglob("*")
         if path.is_file()
     }
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "mode"),
+    [
+        (None, "text2img"),
+        ({"extra_channels": 0, "time_ids": ["original_size"]}, "text2img"),
+        ({"extra_channels": 5, "time_ids": []}, "inpaint"),
+        ({"extra_channels": 0, "time_ids": ["original_size", "aesthetic_score"]}, "img2img"),
+    ],
+)
+def test_the_first_mode_is_what_the_denoiser_takes(
+    first: Path, denoiser: dict[str, Any] | None, mode: str
+) -> None:
+    manifest = json.loads((first / "manifest.json").read_text())
+    if denoiser is not None:
+        manifest["denoiser"] = denoiser
+    (first / "manifest.json").write_text(json.dumps(manifest))
+
+    assert [model.first_mode for model in read_models([Source(first)])] == [mode]
 
 
 @pytest.mark.parametrize(

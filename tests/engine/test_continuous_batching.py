@@ -123,11 +123,13 @@ def test_no_shape_starves_another(make_engine: Callable[..., Harness]) -> None:
     harness = make_engine(max_rows=4)
     harness.picture()
     harness.networks.gate.clear()
-    crowd = [harness.ask(num_inference_steps=30, seed=n) for n in range(12)]
+    for seed in range(12):
+        harness.ask(num_inference_steps=30, seed=seed)
     lonely = harness.ask(width=32, height=32, num_inference_steps=5, guidance_scale=1.0)
     harness.networks.step_rows.clear()
     harness.networks.gate.set()
     lonely.result(WAIT_S)
 
-    assert harness.networks.step_rows.count(1) == 5
-    assert not any(future.done() for future in crowd)
+    own = [turn for turn, rows in enumerate(harness.networks.step_rows) if rows == 1]
+    assert len(own) == 5
+    assert own[-1] <= 2 * len(own)

@@ -51,6 +51,37 @@ def test_a_missing_file_is_refused_by_name(
         Manifest.load(path)
 
 
+def with_adapter(repository: Path, document: dict[str, Any], record: Any) -> Path:
+    path = repository / "manifest.json"
+    path.write_text(json.dumps({**document, "loras": {"ink": record}}))
+    return path
+
+
+def test_the_files_of_adapters_are_verified_too(
+    repository: Path, manifest_document: dict[str, Any]
+) -> None:
+    digest = hashlib.sha256(b"weights").hexdigest()
+    record = {"rank": 4, "networks": ["unet"], "files": {"ink.safetensors": digest}}
+    path = with_adapter(repository, manifest_document, record)
+
+    with pytest.raises(ManifestError, match=r"ink: .*ink\.safetensors is missing"):
+        Manifest.load(path)
+    (repository / "ink.safetensors").write_bytes(b"weights")
+    assert Manifest.load(path).loras == ("ink",)
+    (repository / "ink.safetensors").write_bytes(b"tampered")
+    with pytest.raises(ManifestError, match=r"ink: .* is not the file that was verified"):
+        Manifest.load(path)
+
+
+def test_an_adapter_without_a_record_is_refused(
+    repository: Path, manifest_document: dict[str, Any]
+) -> None:
+    path = with_adapter(repository, manifest_document, None)
+
+    with pytest.raises(ManifestError, match="is missing or malformed"):
+        Manifest.load(path)
+
+
 @pytest.mark.parametrize("error", [0.5, float("nan")])
 def test_an_unverified_network_is_refused_by_name(
     repository: Path, manifest_document: dict[str, Any], error: float

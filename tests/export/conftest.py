@@ -40,6 +40,14 @@ def checkpoint(make_checkpoint: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def workshop() -> Any:
+    """Exports of every family, which `make equivalence` uses too: made once for each checkout."""
+    from equivalence.workshop import Workshop
+
+    return Workshop(Path(__file__).parents[2] / "build" / "equivalence")
+
+
+@pytest.fixture(scope="session")
 def fp32(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from darkroom_export import export_checkpoint
 

@@ -399,6 +399,31 @@ def test_a_network_that_was_changed_since_is_not_up_to_date(
         export_checkpoint(str(checkpoint), target)
 
 
+@pytest.mark.parametrize("content", [b"weights", b"others", None])
+def test_an_adapter_that_was_changed_since_is_not_up_to_date(
+    checkpoint: Path,
+    fp32: Path,
+    tmp_path: Path,
+    edit: Callable[..., None],
+    content: bytes | None,
+) -> None:
+    target = tmp_path / "repository"
+    shutil.copytree(fp32, target)
+    file = target / "unet" / "1" / "adapters" / "ink.safetensors"
+    file.parent.mkdir()
+    digest = hashlib.sha256(b"weights").hexdigest()
+    record = {"rank": 4, "networks": ["unet"], "files": {str(file.relative_to(target)): digest}}
+    edit(target / "manifest.json", loras={"ink": record})
+    if content is not None:
+        file.write_bytes(content)
+
+    if content == b"weights":
+        assert export_checkpoint(str(checkpoint), target) is False
+        return
+    with pytest.raises(ExportError, match="is damaged; --force replaces it"):
+        export_checkpoint(str(checkpoint), target)
+
+
 def test_force_replaces_all_of_the_repository(fp16: Path) -> None:
     assert manifest_of(fp16)["precision"] == "fp16"
     assert not (fp16 / "left-behind.txt").exists()

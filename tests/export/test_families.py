@@ -328,31 +328,28 @@ def test_the_same_shapes_are_compared_for_every_network_of_a_checkpoint(
                 assert tuple(made.shape) == spec.size(tensor, shape)
 
 
-EXPORTED = {
-    "tiny-sdxl": {"precision": Precision.FP16, "with": "tiny-sdxl-controlnet"},
-    "tiny-sd3": {},
-    "tiny-sdxl-refiner": {},
-    "tiny-lcm": {},
-    "tiny-sd15-inpaint": {"precision": Precision.FP16},
-}
-"""With the options of each: between them, every input and output that there is."""
+HALF = "tiny-sdxl"
+EXPORTED = (HALF, "tiny-sd3", "tiny-sdxl-refiner", "tiny-lcm", "tiny-sd15-inpaint")
+"""Between them, every input and output that there is."""
 
 
 @pytest.fixture(scope="module")
 def exported(
-    make_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory
+    make_checkpoint: Make, workshop: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """The repository of an architecture, exported when it is first asked for."""
-    root = tmp_path_factory.mktemp("exported")
+    half = tmp_path_factory.mktemp("exported") / HALF
 
     def exported(architecture: str) -> Path:
-        target = root / architecture
-        if not target.exists():
-            options = dict(EXPORTED[architecture])
-            if controlnet := options.pop("with", None):
-                options["controlnets"] = {"canny": str(make_checkpoint(controlnet))}
-            assert export_checkpoint(str(make_checkpoint(architecture)), target, **options)
-        return target
+        if architecture != HALF:
+            return workshop.repository(architecture)
+        if not half.exists():
+            controlnets = {"canny": str(make_checkpoint("tiny-sdxl-controlnet"))}
+            source = str(make_checkpoint(HALF))
+            assert export_checkpoint(
+                source, half, precision=Precision.FP16, controlnets=controlnets
+            )
+        return half
 
     return exported
 

@@ -1,12 +1,13 @@
 """LoRA files, against diffusers and peft: fused at the export, or mixed row by row."""
 
+import contextlib
 import copy
 import importlib.util
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tritonclient.grpc import model_config_pb2
 
-from darkroom_export import ExportError, Precision
+from darkroom_export import ExportError, Precision, export_checkpoint
 from darkroom_export.families import FAMILIES
 from darkroom_export.lora import (
     LoraFile,
@@ -733,10 +734,37 @@ def test_what_cannot_differ_from_row_to_row_is_named_and_leaves_the_repository_a
         add_adapters(repository, {"ink": loras["ink"], "other": bad})
 
     assert message in str(caught.value)
-    assert ("at the export (--lora)" in str(caught.value)) == ("DoRA" not in message)
+    assert ("at the export (--lora, --fuse-lora)" in str(caught.value)) == ("DoRA" not in message)
     assert contents(repository) == before
     with pytest.raises(ExportError, match=re.escape(str(caught.value))):
         check_adapters(sd15.unet, {"ink": loras["ink"], "other": bad})
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [("conv", r"conv\.safetensors: .*at the export"), ("an ink", "'an ink': is no name")],
+)
+def test_an_export_with_what_is_no_adapter_is_refused_before_it_begins(
+    make_checkpoint: Callable[[str], Path],
+    loras: dict[str, Path],
+    tmp_path: Path,
+    adapter: str,
+    message: str,
+) -> None:
+    bad = write(tmp_path / "conv.safetensors", pair("lora_unet_conv_in", 4))
+    adapters = {"ink": str(loras["ink"]), adapter: str(bad)}
+    source = str(make_checkpoint("tiny-sd15"))
+    tasks = []
+
+    @contextlib.contextmanager
+    def note(task: str) -> Iterator[None]:
+        tasks.append(task)
+        yield
+
+    with pytest.raises(ExportError, match=message):
+        export_checkpoint(source, tmp_path / "target", loras=adapters, progress=note)
+    assert tasks == ["loading the checkpoint"]
+    assert list(tmp_path.iterdir()) == [bad]
 
 
 def contents(repository: Path) -> dict[str, bytes]:

@@ -6,9 +6,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from darkroom_engine import journal, metrics
 from darkroom_engine.batch import StepBatch
 from darkroom_engine.config import EngineConfig
@@ -19,23 +16,24 @@ from darkroom_engine.job import Job, JobResult, Listener, Reply
 from darkroom_engine.manifest import Manifest
 from darkroom_engine.memory import rows_that_fit
 from darkroom_engine.metrics import Record, record_nothing
-from darkroom_engine.networks import Conditioning, Networks, Shape
+from darkroom_engine.networks import Networks, Shape
+from darkroom_engine.offer import describe, limits_of
 from darkroom_engine.pace import Pace
 from darkroom_engine.prompts import PromptEncoder
 from darkroom_engine.reader import Field
+from darkroom_engine.rehearsal import rehearse
 from darkroom_engine.reporter import Reporter
-from darkroom_engine.request import MODES, OUTPUT_FORMATS, ImageRequest, Limits
+from darkroom_engine.request import ImageRequest
 from darkroom_engine.safety import SafetyChecker, SafetyMode
-from darkroom_engine.sample import Group, Sample
-from darkroom_engine.samplers import BadChoice, Samplers
+from darkroom_engine.sample import Sample
+from darkroom_engine.sample_maker import SampleMaker
+from darkroom_engine.samplers import Samplers
 from darkroom_engine.scheduler import Scheduler
 from darkroom_engine.steady import SteadyNetworks
 from darkroom_engine.vae import Vae
 from darkroom_engine.watcher import IsAbandoned, Watcher
 
 logger = logging.getLogger(__name__)
-
-NETWORKS_TIMEOUT_S = 600.0
 
 
 def _never() -> bool:
@@ -97,9 +95,8 @@ class Engine:
             )
         # Set by the warm-up if the config leaves it to us.
         self._num_rows_at_default_size = config.max_rows or 2
-        self._samplers = Samplers.from_config(manifest.noise_schedule, manifest.solver)
-        self.limits = _limits(manifest, self._samplers.names)
-        self._default_shape = self._shape_of(self.limits.default_width, self.limits.default_height)
+        samplers = Samplers.from_config(manifest.noise_schedule, manifest.solver)
+        self.limits = limits_of(manifest, samplers.names)
         self._networks = SteadyNetworks(
             networks,
             config.heal_timeout_s,
@@ -109,6 +106,10 @@ class Engine:
             manifest.text, manifest.directory, self._networks, config.prompt_cache_bytes
         )
         self._denoiser = Denoiser(manifest, self._networks)
+        self._maker = SampleMaker(manifest, samplers, self._prompts, self._denoiser, record)
+        self._default_shape = self._maker.shape_of(
+            self.limits.default_width, self.limits.default_height
+        )
         self._vae = Vae(manifest, self._networks, config.vae_tile_size, config.vae_tile_overlap)
         self._safety_checker = SafetyChecker(
             manifest, self._networks, SafetyMode(config.safety_checker)
@@ -211,7 +212,7 @@ class Engine:
             InvalidRequest: the prompt or the sampler cannot be what the request says.
         """
         job = Job(request, self._ordered(reply, listener), request_id, listener, self._on_end)
-        samples = self._samples_of(job)
+        samples = self._maker.samples_of(job)
         with self._changed:
             if self._start_error:
                 raise self._start_error
@@ -243,19 +244,8 @@ class Engine:
         return bool(jobs)
 
     def describe(self) -> dict[str, Any]:
-        """What this engine serves: all that a client needs to make requests that it takes."""
-        limits, manifest = self.limits, self._manifest
-        named = ("modes", "samplers", "controlnets", "loras", "variants", "size_fields")
-        return {
-            "name": manifest.name,
-            "family": manifest.family,
-            "precision": manifest.precision,
-            "engine": manifest.sha256[:12],
-            **{name: list(getattr(limits, name)) for name in named},
-            "limits": {**manifest.limits, "max_queue_size": self._config.max_queue_size},
-            "output_formats": list(OUTPUT_FORMATS),
-            "safety_checker": self._config.safety_checker,
-        }
+        """What this engine serves, see `offer`."""
+        return describe(self._manifest, self.limits, self._config)
 
     def turn(self) -> None:
         """One turn: let go of what is over, step one batch, hand over what is finished."""
@@ -313,46 +303,6 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
-    def _samples_of(self, job: Job) -> list[Sample]:
-        request, manifest = job.request, self._manifest
-        texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt or ""}
-        for field, text in texts.items():
-            try:
-                self._prompts.validate(text)
-            except ValueError as error:
-                raise InvalidRequest(field, str(error)) from None
-        job.notes += self._prompts.truncation_notes(request.max_embeddings_multiples, **texts)
-        try:
-            table = self._samplers.table(
-                request.sampler,
-                request.num_inference_steps,
-                request.eta,
-                request.timestep_spacing,
-                strength=None if request.start is None else request.start.strength,
-                denoising_start=request.denoising_start,
-                denoising_end=request.denoising_end,
-            )
-        except BadChoice as error:
-            raise InvalidRequest(error.field, error.problem) from None
-        if manifest.denoiser.extra_channels and request.start and request.start.latents is not None:
-            raise InvalidRequest("image", "latents, but this checkpoint must be shown a picture")
-        network = self._denoiser.network_of(self._replaced(request))
-        group = Group(network, self._shape_of(request.width, request.height))
-        is_embedded = bool(manifest.denoiser.guidance_embedding_size)
-        guided = range(0) if is_embedded else request.guided_steps(table.num_steps)
-        return [
-            Sample(job, index, table, group, guided)
-            for index in range(request.num_images_per_prompt)
-        ]
-
-    def _replaced(self, request: ImageRequest) -> Mapping[str, str]:
-        """Which network takes the place of which, for the request's variant."""
-        return self._manifest.variants[request.variant] if request.variant else {}
-
-    def _shape_of(self, width: int, height: int) -> Shape:
-        factor = self._manifest.vae_scale_factor
-        return (self._manifest.latent_channels, height // factor, width // factor)
-
     def _start(self, sample: Sample) -> bool:
         """Give a sample its conditioning and what it starts with; False if that failed."""
         job = sample.job
@@ -363,37 +313,11 @@ class Engine:
             job.started_step = self._num_steps
             self._record(metrics.QUEUE_SECONDS, job.started_at - job.submitted_at)
         try:
-            self._condition(sample)
-            canvas = self._developer.prepare(job)
+            self._maker.ready(sample, self._developer.prepare(job))
         except EngineError as error:
             job.fail(error)
             return False
-        sample.begin(canvas)
-        sample.control_images = canvas.controls
-        sample.lora_scale = self._lora_scale(job.request)
-        sample.is_started = True
         return True
-
-    def _condition(self, sample: Sample) -> None:
-        request = sample.job.request
-        multiples, replaced = request.max_embeddings_multiples, self._replaced(request)
-        sample.conditional = {
-            **self._encode(request.prompt, request.clip_skip, multiples, replaced),
-            **self._denoiser.sizes(request, is_negative=False),
-        }
-        if sample.guided_steps:
-            sample.unconditional = {
-                # As in diffusers, whose clip_skip is the prompt's alone.
-                **self._encode(request.negative_prompt, 0, multiples, replaced),
-                **self._denoiser.sizes(request, is_negative=True),
-            }
-
-    def _lora_scale(self, request: ImageRequest) -> NDArray[np.float32] | None:
-        """(K,) of all adapters, None where all would be 0."""
-        scales = dict(request.loras)
-        if not any(scales.values()):
-            return None
-        return np.array([scales.get(name, 0.0) for name in self.limits.loras], np.float32)
 
     def _step(self, samples: list[Sample]) -> None:
         """One UNet call; a failure ends the jobs of the rows it hit and of no others."""
@@ -444,16 +368,6 @@ class Engine:
         self._record(metrics.REQUEST_SECONDS, time.monotonic() - job.submitted_at, outcome)
         journal.log_end(job, answer)
 
-    def _encode(
-        self, text: str | None, clip_skip: int, multiples: int, replaced: Mapping[str, str]
-    ) -> Conditioning:
-        num_hits = self._prompts.num_hits
-        conditioning = self._prompts.encode(text, clip_skip, multiples, replaced)
-        result = "hit" if self._prompts.num_hits > num_hits else "miss"
-        self._record(metrics.PROMPT_LOOKUPS, 1, result)
-        self._record(metrics.PROMPT_BYTES, self._prompts.num_bytes)
-        return conditioning
-
     def _fail_all(self, error: EngineError) -> None:
         with self._changed:
             samples = self._scheduler.samples()
@@ -470,8 +384,17 @@ class Engine:
     def _warm_up(self) -> None:
         """Make every network's first calls, and learn what they cost."""
         config, denoiser = self._config, self._denoiser
-        self._rehearse()
-        shape = self._smallest_shape
+        shape = self._maker.shape_of(self.limits.min_size, self.limits.min_size)
+        rehearse(
+            self._manifest,
+            self._networks,
+            self._prompts,
+            denoiser,
+            vae=self._vae,
+            safety_checker=self._safety_checker,
+            shape=shape,
+            is_given_up=lambda: self._is_closing,
+        )
         for num_rows in range(1, config.warmup_rows + 1):
             denoiser.predict_blank(num_rows, shape)
             # The first call of a size may cost more than those after it.
@@ -484,50 +407,3 @@ class Engine:
                 self._max_batch_size,
             )
         self._record(metrics.MAX_ROWS, self._num_rows_at_default_size)
-
-    def _rehearse(self) -> None:
-        """Make the first call of every network, and of each by which it will be tried later."""
-        networks, manifest, shape = self._networks, self._manifest, self._smallest_shape
-        timeout_s = NETWORKS_TIMEOUT_S
-        unused = manifest.safety_checker or {}
-        needed = [name for name in manifest.networks if name != unused.get("network")]
-        networks.wait_until_ready(
-            needed if self._safety_checker.mode is SafetyMode.OFF else [*manifest.networks],
-            timeout_s,
-            lambda: self._is_closing,
-        )
-        replacements: list[Mapping[str, str]] = [{}, *manifest.variants.values()]
-        for replaced in replacements:
-            for network, inputs, outputs in self._prompts.probe_calls:
-                networks.first_run(replaced.get(network, network), inputs, outputs, timeout_s)
-        self._denoiser.rehearse(self._prompts.encode(""), shape, timeout_s)
-        for network in dict.fromkeys(map(self._denoiser.network_of, replacements)):
-            self._denoiser.rehearse_network(network, shape, timeout_s)
-        self._vae.rehearse(shape, timeout_s)
-        self._safety_checker.rehearse(timeout_s)
-
-    @property
-    def _smallest_shape(self) -> Shape:
-        return self._shape_of(self.limits.min_size, self.limits.min_size)
-
-
-def _limits(manifest: Manifest, samplers: tuple[str, ...]) -> Limits:
-    """The manifest's limits, and what follows from the networks that there are."""
-    denoiser = manifest.denoiser
-    modes: tuple[str, ...] = MODES if manifest.has_encoder else MODES[:1]
-    if denoiser.extra_channels:
-        modes = ("inpaint",)
-    elif "aesthetic_score" in denoiser.time_ids:
-        # A refiner, which has learned nothing of the noisiest levels.
-        modes = MODES[1:]
-    return Limits(
-        samplers=samplers,
-        **manifest.limits,
-        latent_channels=manifest.latent_channels,
-        vae_scale_factor=manifest.vae_scale_factor,
-        modes=modes,
-        size_fields=denoiser.time_ids,
-        controlnets=tuple(manifest.controlnets),
-        loras=manifest.loras,
-        variants=tuple(manifest.variants),
-    )

@@ -96,6 +96,8 @@ class Manifest:
     """The network of each ControlNet by the name that requests give it."""
     loras: tuple[str, ...]
     """The adapters that requests may mix, in the order in which the denoiser takes their scales."""
+    lora_files: Mapping[str, Mapping[str, str]]
+    """Of each adapter: SHA-256 by path, relative to the repository."""
     variants: Mapping[str, Mapping[str, str]]
     """By name: which network takes the place of which."""
     safety_checker: Mapping[str, Any] | None
@@ -154,13 +156,16 @@ class Manifest:
                     name: record["network"] for name, record in document["controlnets"].items()
                 },
                 loras=tuple(sorted(document["loras"])),
+                lora_files={
+                    name: record.get("files", {}) for name, record in document["loras"].items()
+                },
                 variants=document["variants"],
                 safety_checker=document["safety_checker"],
                 limits=document["limits"],
             )
         except json.JSONDecodeError as error:
             raise ManifestError(f"{path} is not JSON: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ManifestError(f"{path}: {error} is missing or malformed") from None
         manifest._check()
         return manifest
@@ -184,17 +189,22 @@ class Manifest:
                     f"{name}: measured error {network.error} is not within its tolerance "
                     f"{network.tolerance}; export it again"
                 )
-            for file, expected in network.files.items():
-                path = self.directory / file
-                if not path.is_file():
-                    raise ManifestError(f"{name}: {path} is missing")
-                with path.open("rb") as stream:
-                    actual = hashlib.file_digest(stream, "sha256").hexdigest()
-                if actual != expected:
-                    raise ManifestError(
-                        f"{name}: {path} is not the file that was verified "
-                        f"(sha256 {actual[:12]}, manifest {expected[:12]})"
-                    )
+            self._check_files(name, network.files)
+        for name, files in self.lora_files.items():
+            self._check_files(name, files)
+
+    def _check_files(self, name: str, files: Mapping[str, str]) -> None:
+        for file, expected in files.items():
+            path = self.directory / file
+            if not path.is_file():
+                raise ManifestError(f"{name}: {path} is missing")
+            with path.open("rb") as stream:
+                actual = hashlib.file_digest(stream, "sha256").hexdigest()
+            if actual != expected:
+                raise ManifestError(
+                    f"{name}: {path} is not the file that was verified "
+                    f"(sha256 {actual[:12]}, manifest {expected[:12]})"
+                )
 
     def _named_networks(self) -> Iterator[str]:
         yield self.denoiser.network
