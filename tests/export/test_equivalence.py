@@ -40,7 +40,9 @@ def engines(workshop: Workshop) -> Iterator[Engines]:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.architecture in ARCHITECTURES], ids=lambda case: f"{case.architecture}: {case.name}"
+    "case",
+    [case for case in CASES if case.architecture in ARCHITECTURES],
+    ids=lambda case: f"{case.architecture}: {case.name}",
 )
 def test_the_picture_is_that_of_diffusers(
     case: Case, reference: Reference, engines: Engines
