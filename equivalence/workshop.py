@@ -1,5 +1,8 @@
 """Makes what is compared: small checkpoints of every family, LoRAs for them, and repositories."""
 
+import contextlib
+import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
@@ -18,6 +21,7 @@ LORAS = {"ink": 1, "pixelart": 2, "watercolor": 3}
 """Each with its seed; the last is fused at the export."""
 FUSED = "watercolor"
 WITH_LORAS = "tiny-sd15"
+WITH_SAFETY_CHECKER = "tiny-sd15-safety"
 
 
 class Workshop:
@@ -49,6 +53,18 @@ class Workshop:
 
     def repository(self, architecture: str) -> Path:
         """The export of a checkpoint, with all that its cases need."""
+        # Two processes may want the same one.
+        with self._locked():
+            return self._repository(architecture)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _repository(self, architecture: str) -> Path:
         folder = self._folder / "repositories" / architecture
         controls = {
             control.name: str(self.checkpoint(control.architecture))
@@ -64,7 +80,12 @@ class Workshop:
             }
         checkpoint = str(self.checkpoint(architecture))
         export_checkpoint(
-            checkpoint, folder, controlnets=controls, progress=self._progress, **loras
+            checkpoint,
+            folder,
+            controlnets=controls,
+            safety_checker=architecture == WITH_SAFETY_CHECKER,
+            progress=self._progress,
+            **loras,
         )
         return folder
 

@@ -63,14 +63,14 @@ FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any], str]] = {
 SHIFTS = (1.0, 1.15, 3.0, 6.0)
 
 
-def samplers_of(config: dict[str, Any]) -> Samplers:
+def samplers_of(config: dict[str, Any], **options: bool) -> Samplers:
     """Our samplers for a checkpoint of that config, whose sigmas the exporter takes from UniPC."""
     alphas_cumprod = diffusers.UniPCMultistepScheduler.from_config(config).alphas_cumprod
     train_sigmas = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
     schedule = {key: config[key] for key in ("prediction_type", "timestep_spacing", "steps_offset")}
     schedule["train_sigmas"] = train_sigmas.tolist()
     schedule["set_alpha_to_one"] = config.get("set_alpha_to_one", True)
-    return Samplers.from_config(schedule, {})
+    return Samplers.from_config(schedule, {}, **options)
 
 
 SAMPLERS = samplers_of(CONFIG)
@@ -443,3 +443,25 @@ def test_a_refiner_follows_diffusers(name: str) -> None:
         table = SAMPLERS.table(name, num_steps, denoising_start=share)
         unet = ToyUNet(num_steps, CONFIG, scheduler.alphas_cumprod.numpy())
         assert_follows(Oracle(scheduler, begin), table, unet)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.33, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 5])
+def test_a_consistency_model_makes_all_steps_whatever_the_strength(
+    num_steps: int, strength: float
+) -> None:
+    """As diffusers' LatentConsistencyModelImg2ImgPipeline, which hands the strength on."""
+    scheduler = diffusers.LCMScheduler.from_config(CONFIG, clip_sample=False)
+    scheduler.set_timesteps(num_steps, strength=strength)
+    samplers = samplers_of(CONFIG, is_consistency_model=True)
+    table = samplers.table("lcm", num_steps, strength=strength)
+
+    np.testing.assert_array_equal(table.timesteps, scheduler.timesteps.numpy())
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.07, 1.5])
+def test_a_strength_that_a_consistency_model_cannot_have_is_refused(strength: float) -> None:
+    samplers = samplers_of(CONFIG, is_consistency_model=True)
+
+    with pytest.raises(BadChoice, match=r"^strength: .* for 4 steps, allowed are 0\.08 to 1"):
+        samplers.table("lcm", 4, strength=strength)

@@ -90,7 +90,7 @@ def test_networks_go_by_their_name_in_this_server(server: pb_utils.Server) -> No
     assert set(server.questions) == {"sdxl_unet", CALLER}
     server.models["sdxl_unet"] = fail_with(RuntimeError("out of memory"))
     # Errors are about the network, whatever it is called here.
-    with pytest.raises(NetworkFailed, match="^unet failed: out of memory$"):
+    with pytest.raises(NetworkFailed, match=r"^unet failed: out of memory$"):
         networks.run("unet", {"sample": sample}, ["out_sample"])
 
 

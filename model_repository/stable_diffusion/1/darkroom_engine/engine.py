@@ -95,7 +95,11 @@ class Engine:
             )
         # Set by the warm-up if the config leaves it to us.
         self._num_rows_at_default_size = config.max_rows or 2
-        samplers = Samplers.from_config(manifest.noise_schedule, manifest.solver)
+        samplers = Samplers.from_config(
+            manifest.noise_schedule,
+            manifest.solver,
+            is_consistency_model=bool(manifest.denoiser.guidance_embedding_size),
+        )
         self.limits = limits_of(manifest, samplers.names)
         self._networks = SteadyNetworks(
             networks,

@@ -27,6 +27,8 @@ class LCM:
     has_own_timesteps: ClassVar[bool] = True
     original_inference_steps: int = 50
     """Steps of the schedule that the checkpoint was distilled on."""
+    strength: float = 1.0
+    """All steps are made in this share of that schedule, the less noisy one."""
 
     def table(self, schedule: NoiseSchedule, num_inference_steps: int) -> SolverTable:
         """As every sampler's.
@@ -34,7 +36,9 @@ class LCM:
         Raises:
             TooManySteps: more steps than the distillation had.
         """
-        timesteps = schedule.distilled_timesteps(num_inference_steps, self.original_inference_steps)
+        total = self.original_inference_steps
+        usable = int(total * self.strength)
+        timesteps = schedule.distilled_timesteps(num_inference_steps, total, usable)
         levels = schedule.levels_at(timesteps)
         # The boundary condition: at no noise, the network's answer is the sample itself.
         scaled = levels.timesteps * _TIMESTEP_SCALING

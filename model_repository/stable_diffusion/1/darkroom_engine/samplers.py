@@ -51,8 +51,17 @@ class Sampler(Protocol):
 class Samplers:
     """The samplers of one checkpoint, by name; tables are computed once and kept."""
 
-    def __init__(self, schedule: Schedule, unipc: UniPC) -> None:
+    def __init__(
+        self, schedule: Schedule, unipc: UniPC, *, is_consistency_model: bool = False
+    ) -> None:
+        """Offer what a schedule allows.
+
+        Args:
+            is_consistency_model: whether the checkpoint is one with guidance embedded, whose
+                pipelines in diffusers make all steps whatever the strength.
+        """
         self._schedule = schedule
+        self._is_consistency_model = is_consistency_model
         self._rules: dict[str, Sampler] = (
             _flow_rules(unipc) if isinstance(schedule, FlowSchedule) else _rules(unipc)
         )
@@ -61,12 +70,20 @@ class Samplers:
 
     @classmethod
     def from_config(
-        cls, noise_schedule: Mapping[str, Any], solver: Mapping[str, Any]
+        cls,
+        noise_schedule: Mapping[str, Any],
+        solver: Mapping[str, Any],
+        *,
+        is_consistency_model: bool = False,
     ) -> "Samplers":
         """Read the manifest's `noise_schedule` and `solver`."""
         options = dict(solver)
         options["disable_corrector"] = tuple(options.get("disable_corrector", ()))
-        return cls(schedule_from_config(noise_schedule), UniPC(**options))
+        return cls(
+            schedule_from_config(noise_schedule),
+            UniPC(**options),
+            is_consistency_model=is_consistency_model,
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -125,6 +142,9 @@ class Samplers:
                 "sampler", f"{name!r} does not exist, there are {', '.join(self.names)}"
             )
         rule = self._rules[name] if eta is None else self._with_eta(name, eta)
+        if self._is_consistency_model and isinstance(rule, LCM) and strength is not None:
+            rule = _in_part(rule, strength, num_inference_steps)
+            strength = None
         schedule = (
             self._schedule if timestep_spacing is None else self._spaced(name, timestep_spacing)
         )
@@ -174,6 +194,19 @@ def _rules(unipc: UniPC) -> dict[str, Sampler]:
         "lcm": LCM(),
         "tcd": TCD(),
     }
+
+
+def _in_part(rule: LCM, strength: float, num_inference_steps: int) -> LCM:
+    """As the pipelines of consistency models have it: all steps, in a part of the schedule."""
+    meant, total = _as_meant(strength), rule.original_inference_steps
+    if not 0 <= strength <= 1 or int(total * meant) < min(num_inference_steps, total):
+        least = num_inference_steps / total
+        raise BadChoice(
+            "strength",
+            f"{strength:g} leaves too little for {num_inference_steps} steps, allowed are "
+            f"{least:g} to 1",
+        )
+    return replace(rule, strength=meant)
 
 
 def _flow_rules(unipc: UniPC) -> dict[str, Sampler]:

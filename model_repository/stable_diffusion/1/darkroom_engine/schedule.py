@@ -137,19 +137,26 @@ class NoiseSchedule:
         return np.arange(total, 0, -total / count).round()[:count] - 1
 
     def distilled_timesteps(
-        self, num_inference_steps: int, original_inference_steps: int
+        self,
+        num_inference_steps: int,
+        original_inference_steps: int,
+        num_usable: int | None = None,
     ) -> Floats:
         """The timesteps of a consistency sampler, descending: some of those distilled on.
 
+        Args:
+            num_usable: only so many of the least noisy ones are used; None for all.
+
         Raises:
-            TooManySteps: the distillation had fewer, `original_inference_steps`.
+            TooManySteps: the distillation had fewer, `original_inference_steps`, or fewer are used.
         """
         count, total = num_inference_steps, original_inference_steps
-        if count > total:
-            raise TooManySteps(f"{count} is out of range, allowed are 1 to {total}")
+        usable = total if num_usable is None else num_usable
+        if count > usable:
+            raise TooManySteps(f"{count} is out of range, allowed are 1 to {usable}")
         stride = len(self.train_sigmas) // total
-        chosen: Floats = np.floor(np.linspace(0, total, count, endpoint=False))
-        return (total - chosen) * stride - 1
+        chosen: Floats = np.floor(np.linspace(0, usable, count, endpoint=False))
+        return (usable - chosen) * stride - 1
 
     def _spaced_timesteps(self, num_inference_steps: int) -> Floats:
         total, count = len(self.train_sigmas), num_inference_steps
