@@ -1,6 +1,7 @@
 """The server's own model: what there is to ask, and the metrics of all engines."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -172,6 +173,31 @@ def test_nonsense_ends_its_connection_and_no_other(
     sender.record(metrics.MAX_ROWS, 2)
 
     assert series(server, metrics.MAX_ROWS, ("model", "sdxl")).values == [2]
+
+
+def test_a_connection_that_fails_does_not_end_the_others(
+    make_model: Callable[[], Any],
+    make_sender: Callable[[str], MetricsSender],
+    server: pb_utils.Server,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As when there are no file descriptors left for a while."""
+    accept = socket.socket.accept
+    failures = [OSError("Too many open files"), OSError("Too many open files")]
+
+    def accept_later(listener: socket.socket) -> Any:
+        if failures:
+            raise failures.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_later)
+    make_model()
+    sender = make_sender("sdxl")
+    sender.record(metrics.MAX_ROWS, 16)
+
+    assert series(server, metrics.MAX_ROWS, ("model", "sdxl")).values == [16]
+    assert "an engine's connection failed: Too many open files" in caplog.text
 
 
 def test_a_newer_instance_publishes_when_the_older_is_through(

@@ -23,6 +23,7 @@ import darkroom_wire as wire
 
 BACKLOG = 32
 LOCK_POLL_S = 0.1
+RETRY_S = 0.1
 MODEL_LABEL = "model"
 
 logger = logging.getLogger(__name__)
@@ -107,11 +108,19 @@ class MetricsPublisher:
                 if it in self._engines:
                     self._take(it)
                 elif it is listener:
-                    accepted, _ = listener.accept()
-                    connection = Connection(accepted.detach())
-                    self._engines[connection] = Engine()
+                    self._welcome(listener)
             if self._is_closing.is_set() or stub.is_server_gone():
                 return
+
+    def _welcome(self, listener: socket.socket) -> None:
+        try:
+            accepted, _ = listener.accept()
+        except OSError as error:
+            # Out of file descriptors, say: the engine keeps its records until it is let in.
+            logger.warning("an engine's connection failed: %s", error)
+            self._is_closing.wait(RETRY_S)
+            return
+        self._engines[Connection(accepted.detach())] = Engine()
 
     def _take(self, connection: Connection) -> None:
         """Read one message of an engine, or its end."""
