@@ -25,37 +25,32 @@ WITH_SAFETY_CHECKER = "tiny-sd15-safety"
 
 
 class Workshop:
-    """A folder of checkpoints and repositories; what is there is not made again."""
+    """A folder of checkpoints and repositories; what is there is not made again.
+
+    Several processes may use one folder: they take turns.
+    """
 
     def __init__(self, folder: Path, progress: Progress = silent_progress) -> None:
         self._folder = folder
         self._progress = progress
 
     def checkpoint(self, architecture: str) -> Path:
-        folder = self._folder / "checkpoints" / architecture
-        if not folder.is_dir():
-            with self._progress(f"making {architecture}"):
-                partial = folder.with_name(f".{architecture}")
-                make_random_checkpoint(architecture, partial)
-                partial.rename(folder)
-        return folder
-
-    def lora(self, name: str) -> Path:
-        """A LoRA for the attention layers of the small Stable Diffusion 1.5."""
-        path = self._folder / "loras" / f"{name}.safetensors"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unet = diffusers.UNet2DConditionModel.from_pretrained(
-                self.checkpoint(WITH_LORAS), subfolder="unet"
-            )
-            save_file(_random_lora(unet, LORAS[name]), path)
-        return path
+        with self._locked():
+            return self._checkpoint(architecture)
 
     def repository(self, architecture: str) -> Path:
         """The export of a checkpoint, with all that its cases need."""
-        # Two processes may want the same one.
         with self._locked():
             return self._repository(architecture)
+
+    def reference_folders(self) -> tuple[dict[str, Path], dict[str, Path]]:
+        """All checkpoints and LoRAs by name, for the pipelines."""
+        architectures = {case.architecture for case in CASES}
+        architectures |= {case.refiner for case in CASES if case.refiner}
+        architectures |= {control.architecture for case in CASES for control in case.controls}
+        with self._locked():
+            checkpoints = {name: self._checkpoint(name) for name in sorted(architectures)}
+            return checkpoints, {name: self._lora(name) for name in LORAS}
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -64,10 +59,30 @@ class Workshop:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
+    def _checkpoint(self, architecture: str) -> Path:
+        folder = self._folder / "checkpoints" / architecture
+        if not folder.is_dir():
+            with self._progress(f"making {architecture}"):
+                partial = folder.with_name(f".{architecture}")
+                make_random_checkpoint(architecture, partial)
+                partial.rename(folder)
+        return folder
+
+    def _lora(self, name: str) -> Path:
+        """A LoRA for the attention layers of the small Stable Diffusion 1.5."""
+        path = self._folder / "loras" / f"{name}.safetensors"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unet = diffusers.UNet2DConditionModel.from_pretrained(
+                self._checkpoint(WITH_LORAS), subfolder="unet"
+            )
+            save_file(_random_lora(unet, LORAS[name]), path)
+        return path
+
     def _repository(self, architecture: str) -> Path:
         folder = self._folder / "repositories" / architecture
         controls = {
-            control.name: str(self.checkpoint(control.architecture))
+            control.name: str(self._checkpoint(control.architecture))
             for case in CASES
             if case.architecture == architecture
             for control in case.controls
@@ -75,12 +90,11 @@ class Workshop:
         loras = {}
         if architecture == WITH_LORAS:
             loras = {
-                "loras": {name: str(self.lora(name)) for name in LORAS if name != FUSED},
-                "variants": {FUSED: [(str(self.lora(FUSED)), 1.0)]},
+                "loras": {name: str(self._lora(name)) for name in LORAS if name != FUSED},
+                "variants": {FUSED: [(str(self._lora(FUSED)), 1.0)]},
             }
-        checkpoint = str(self.checkpoint(architecture))
         export_checkpoint(
-            checkpoint,
+            str(self._checkpoint(architecture)),
             folder,
             controlnets=controls,
             safety_checker=architecture == WITH_SAFETY_CHECKER,
@@ -88,14 +102,6 @@ class Workshop:
             **loras,
         )
         return folder
-
-    def reference_folders(self) -> tuple[dict[str, Path], dict[str, Path]]:
-        """All checkpoints and LoRAs by name, for the pipelines."""
-        architectures = {case.architecture for case in CASES}
-        architectures |= {case.refiner for case in CASES if case.refiner}
-        architectures |= {control.architecture for case in CASES for control in case.controls}
-        checkpoints = {name: self.checkpoint(name) for name in sorted(architectures)}
-        return checkpoints, {name: self.lora(name) for name in LORAS}
 
 
 def _random_lora(unet: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
