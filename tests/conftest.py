@@ -19,6 +19,8 @@ def pytest_report_header() -> str:
     return ", ".join(versions)
 
 
+# Before xdist looks for the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two groups that run side by side: what exports takes one core, and what serves, the other.
 
