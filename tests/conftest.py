@@ -1,12 +1,21 @@
 """Shared by all tests."""
 
 import platform
+import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 REPORTED = ("numpy", "torch", "diffusers", "transformers", "onnxruntime", "tritonclient")
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder for sockets, whose paths must be shorter than those of `tmp_path` may be."""
+    with tempfile.TemporaryDirectory(prefix="dr-") as folder:
+        yield Path(folder)
 
 
 def pytest_report_header() -> str:

@@ -18,9 +18,9 @@ MODEL = "stable_diffusion"
 
 
 @pytest.fixture
-def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(wire.RUNTIME_DIR, str(tmp_path / "runtime"))
-    return tmp_path / "runtime"
+def runtime_dir(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(wire.RUNTIME_DIR, str(short_path / "runtime"))
+    return short_path / "runtime"
 
 
 @pytest.fixture

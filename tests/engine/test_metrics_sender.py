@@ -14,8 +14,8 @@ from darkroom_engine import METRICS, MetricsSender, metrics, metrics_sender
 
 
 @pytest.fixture(autouse=True)
-def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(wire.RUNTIME_DIR, str(tmp_path / "runtime"))
+def runtime_dir(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(wire.RUNTIME_DIR, str(short_path / "runtime"))
     wire.make_runtime_dir()
 
 

@@ -11,10 +11,10 @@ from darkroom_engine import Notice
 
 
 @pytest.fixture(autouse=True)
-def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(wire.RUNTIME_DIR, str(tmp_path / "runtime"))
+def runtime_dir(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(wire.RUNTIME_DIR, str(short_path / "runtime"))
     wire.make_runtime_dir()
-    return tmp_path / "runtime"
+    return short_path / "runtime"
 
 
 def test_it_is_there_from_post_to_remove_and_nothing_else_is(runtime_dir: Path) -> None:

@@ -23,8 +23,8 @@ MODELS = Path(__file__).parents[2] / "model_repository"
 
 
 @pytest.fixture(autouse=True)
-def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(wire.RUNTIME_DIR, str(tmp_path / "runtime"))
+def runtime_dir(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(wire.RUNTIME_DIR, str(short_path / "runtime"))
 
 
 @pytest.fixture

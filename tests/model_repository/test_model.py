@@ -129,8 +129,8 @@ def arguments(
 
 
 @pytest.fixture(autouse=True)
-def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(wire.RUNTIME_DIR, str(tmp_path / "runtime"))
+def runtime_dir(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(wire.RUNTIME_DIR, str(short_path / "runtime"))
 
 
 @pytest.fixture

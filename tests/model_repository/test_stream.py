@@ -29,8 +29,8 @@ def networks() -> FakeNetworks:
 
 
 @pytest.fixture(autouse=True)
-def runtime_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(wire.RUNTIME_DIR, str(tmp_path / "runtime"))
+def runtime_dir(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(wire.RUNTIME_DIR, str(short_path / "runtime"))
 
 
 @pytest.fixture
