@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import wait_until
 
 from darkroom import Client, Picture, Queued, QueueFull, RequestTimeout, Step
 from darkroom.server import Server, free_ports
@@ -193,10 +194,14 @@ def test_a_picture_that_made_room_is_the_same(client: Client, crowd: Crowd) -> N
 
 def test_an_engine_finds_the_rows_that_fit_by_itself(repository: Path, tmp_path: Path) -> None:
     with serve(repository, tmp_path / "copy", max_rows="auto") as server:
-        metrics = urllib.request.urlopen(server.metrics_url, timeout=WAIT_S).read().decode()
+
+        def is_told() -> bool:
+            text = urllib.request.urlopen(server.metrics_url, timeout=WAIT_S).read().decode()
+            told = r'^darkroom_max_rows{model="stable_diffusion"} ([3-9]|\d\d)$'
+            return re.search(told, text, re.MULTILINE) is not None
+
+        # Metrics come a moment after what they tell of.
+        wait_until(is_told)
         log = server.log.read_text()
 
-    assert re.search(
-        r'^darkroom_max_rows{model="stable_diffusion"} ([3-9]|\d\d)$', metrics, re.MULTILINE
-    )
     assert re.search(r"max_rows is \d+: a row takes \d+ MB, \d+ MB are free", log)
