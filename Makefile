@@ -21,7 +21,15 @@ demo: $(INSTALLED)  ## Make a picture by a real tritonserver [PROMPT="..."] [OUT
 
 .PHONY: test
 test: $(INSTALLED)  ## Run all tests, those through a real tritonserver too
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-export test-others
+
+# Two processes side by side: what exports takes one core, and what serves, the other.
+.PHONY: test-export test-others
+test-export: $(INSTALLED)
+	$(BIN)/python -m pytest tests/export
+
+test-others: $(INSTALLED)
+	$(BIN)/python -m pytest --ignore=tests/export
 
 .PHONY: test-fast
 test-fast: $(INSTALLED)  ## Run the tests that need neither PyTorch nor a server: seconds
