@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,6 +29,18 @@ def describe(server: Server) -> dict[str, Any]:
         server_version = triton.get_server_metadata(as_json=True)["version"]
         config = triton.get_model_config(MODEL, as_json=True)["config"]
     return {
+        **describe_machine(_PACKAGES, tritonserver=server_version),
+        **describe_model(manifest),
+        "picture": {key: manifest["limits"][f"default_{key}"] for key in ("width", "height")},
+        "engine": {
+            key: entry["string_value"] for key, entry in sorted(config["parameters"].items())
+        },
+    }
+
+
+def describe_machine(packages: Iterable[str], **versions: str) -> dict[str, Any]:
+    """The machine and the versions, of these packages and of what else there is."""
+    return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(ROOT),
         "cpu": cpu_model(Path("/proc/cpuinfo")),
@@ -38,15 +51,17 @@ def describe(server: Server) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
-            "tritonserver": server_version,
-            **{package: metadata.version(package) for package in _PACKAGES},
+            **versions,
+            **{package: metadata.version(package) for package in packages},
         },
+    }
+
+
+def describe_model(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What was exported, and from what."""
+    return {
         "model": {key: manifest[key] for key in ("name", "family", "precision", "backend")},
         "checkpoint": manifest["checkpoint"]["sha256"],
-        "picture": {key: manifest["limits"][f"default_{key}"] for key in ("width", "height")},
-        "engine": {
-            key: entry["string_value"] for key, entry in sorted(config["parameters"].items())
-        },
     }
 
 

@@ -10,20 +10,17 @@ runs: the graphs are called as a network's process calls them.
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from command import command_parser, positive
-from environment import RESULTS, ROOT, cpu_model, git_commit, gpus, write_result
+from environment import RESULTS, describe_machine, describe_model, write_result
 from measurements import table
 
 from darkroom.progress import terminal_progress
@@ -205,22 +202,9 @@ ratio: over the plain graph's call of the same round; MB if sent: weights of tha
 
 
 def _describe(plain: Denoiser, options: argparse.Namespace) -> dict[str, Any]:
-    manifest = plain.manifest
-    packages = ("darkroom", "onnxruntime", "numpy")
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git_commit(ROOT),
-        "cpu": cpu_model(Path("/proc/cpuinfo")),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpus": gpus(),
-        "load_average": [round(load, 2) for load in os.getloadavg()],
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": {
-            "python": platform.python_version(),
-            **{package: metadata.version(package) for package in packages},
-        },
-        "model": {key: manifest[key] for key in ("name", "family", "precision", "backend")},
-        "checkpoint": manifest["checkpoint"]["sha256"],
+        **describe_machine(("darkroom", "onnxruntime", "numpy")),
+        **describe_model(plain.manifest),
         "adaptable": options.adaptable.name,
     }
 

@@ -12,6 +12,7 @@ import diffusers
 import transformers
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
+from darkroom_export.digest import file_sha256
 from darkroom_export.errors import ExportError, first_line
 from darkroom_export.quiet import quieten
 from darkroom_export.schedulers import check_scheduler, load_scheduler, unipc
@@ -484,6 +485,5 @@ def _sha256(files: list[Path]) -> str:
     """Of the files' contents in order; names do not count, so that a copy is the same thing."""
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(file)))
     return digest.hexdigest()

@@ -1,6 +1,5 @@
 """The whole way from a checkpoint to a model repository."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from darkroom_export.controlnet import (
     controlnet_spec,
     find_controlnets,
 )
+from darkroom_export.digest import file_sha256
 from darkroom_export.errors import ExportError
 from darkroom_export.families import FAMILIES, Family, vae_scale_factor
 from darkroom_export.loop import loop_reference, verify_loop
@@ -153,7 +153,7 @@ class _Extras:
         parts = {
             "controlnets": {net.name: net.files.sha256 for net in self.controlnets},
             "safety_checker": self.safety_checker,
-            "loras": {name: _sha256(path) for name, path in self.loras.items()},
+            "loras": {name: file_sha256(path) for name, path in self.loras.items()},
             "variants": {
                 name: [_pinned(lora) for lora in loras] for name, loras in self.variants.items()
             },
@@ -167,15 +167,7 @@ def _lora_files(pairs: Sequence[tuple[str, float]]) -> list[LoraFile]:
 
 
 def _pinned(lora: LoraFile) -> list[Any]:
-    return [_sha256(lora.path), lora.scale]
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise ExportError(f"{path}: {error.strerror}") from None
+    return [file_sha256(lora.path), lora.scale]
 
 
 @dataclass(frozen=True)
@@ -278,7 +270,7 @@ def _is_outdated(manifest: dict[str, Any]) -> bool:
 def _is_complete(target: Path, manifest: dict[str, Any]) -> bool:
     records = [*manifest.get("networks", {}).values(), *manifest.get("loras", {}).values()]
     return manifest.get("format") == MANIFEST_FORMAT and all(
-        (target / file).is_file() and repo.hash_files(target, [target / file])[file] == sha256
+        (target / file).is_file() and file_sha256(target / file) == sha256
         for record in records
         for file, sha256 in record["files"].items()
     )

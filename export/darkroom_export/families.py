@@ -1,7 +1,7 @@
 """What the families of checkpoints differ in: one record a family."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -60,34 +60,20 @@ _SD1 = Family(
 _BIG_CLIP = TextEncoder(
     "text_encoder_2", "tokenizer_2", "clip", "penultimate_hidden_state", is_pooled=True
 )
-_SDXL = Family(
+_SDXL = replace(
+    _SD1,
     text_encoders=(
         TextEncoder("text_encoder", "tokenizer", "clip", "penultimate_hidden_state"),
         _BIG_CLIP,
     ),
-    denoiser="unet",
-    sample="sample",
-    output="out_sample",
     pooled_input="text_embeds",
     time_ids=("original_size", "crops_coords_top_left", "target_size"),
-    num_inference_steps=25,
     guidance_scale=6.0,
-    sampler="unipc",
-    samplers=_SAMPLERS,
-    max_embeddings_multiples=4,
 )
-_SDXL_REFINER = Family(
+_SDXL_REFINER = replace(
+    _SDXL,
     text_encoders=(_BIG_CLIP,),
-    denoiser="unet",
-    sample="sample",
-    output="out_sample",
-    pooled_input="text_embeds",
     time_ids=("original_size", "crops_coords_top_left", "aesthetic_score"),
-    num_inference_steps=25,
-    guidance_scale=6.0,
-    sampler="unipc",
-    samplers=_SAMPLERS,
-    max_embeddings_multiples=4,
 )
 _SD3 = Family(
     text_encoders=(

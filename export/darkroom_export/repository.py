@@ -1,6 +1,5 @@
 """What Triton loads: the folders, configs and manifest of a model repository."""
 
-import hashlib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from darkroom.process import is_alive
+from darkroom_export.digest import file_sha256
 from darkroom_export.errors import ExportError
 from darkroom_export.lora_inputs import WeightSpec
 from darkroom_export.networks import MAX_BATCH_SIZE, NetworkSpec, TensorSpec
@@ -139,12 +139,7 @@ def read_manifest(repository: Path) -> dict[str, Any] | None:
 
 def hash_files(repository: Path, files: list[Path]) -> dict[str, str]:
     """SHA-256 by path relative to the repository."""
-    hashes = {}
-    for file in files:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        hashes[str(file.relative_to(repository))] = digest
-    return hashes
+    return {str(file.relative_to(repository)): file_sha256(file) for file in files}
 
 
 def _describe(entry: Any, tensor: TensorSpec) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import importlib.util
 import json
 import os
 import re
@@ -16,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import triton_python_backend_utils as pb_utils
-from google.protobuf import json_format, text_format
+from google.protobuf import text_format
+from onnx_networks import start_network
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tritonclient.grpc import model_config_pb2
@@ -600,23 +600,7 @@ def repository(exported: Path, tmp_path: Path) -> Path:
 
 def start(folder: Path) -> Any:
     """What Triton runs, over a network's folder."""
-    file = ROOT / "model_repository" / "onnx_network" / "1" / "model.py"
-    module_spec = importlib.util.spec_from_file_location("onnx_network_model", file)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    config = text_format.Parse(
-        (folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
-    )
-    described = json_format.MessageToDict(config, preserving_proto_field_name=True)
-    model = module.TritonPythonModel()
-    model.initialize(
-        {
-            "model_config": json.dumps(described),
-            "model_repository": str(folder),
-            "model_version": "1",
-        }
-    )
-    return model
+    return start_network(folder, ROOT / "model_repository" / "onnx_network" / "1" / "model.py")
 
 
 def ask(model: Any, **arrays: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_networks import HIDDEN, FakeNetworks
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tiny_tokenizers import write_byte_tokenizer
 
 from darkroom_engine import Engine, EngineConfig, ImageRequest, Job, JobResult, Manifest
 from darkroom_engine.request import Limits
@@ -130,11 +130,7 @@ def manifest_document() -> dict[str, Any]:
 @pytest.fixture
 def repository(tmp_path: Path, manifest_document: dict[str, Any]) -> Path:
     """A repository with a manifest and a byte-level tokenizer."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    (tmp_path / "tokenizer").mkdir()
-    tokenizer.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    write_byte_tokenizer(tmp_path / "tokenizer" / "tokenizer.json")
     (tmp_path / "manifest.json").write_text(json.dumps(manifest_document))
     return tmp_path
 

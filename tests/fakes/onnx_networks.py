@@ -34,29 +34,10 @@ class OnnxNetworks:
 
     def execute(self, network: str, request: Any) -> Any:
         if network not in self._models:
-            self._models[network] = self._load(network)
+            folder = self._repository / network
+            self._models[network] = start_network(folder, folder / "1" / "model.py")
         (response,) = self._models[network].execute([request])
         return response
-
-    def _load(self, network: str) -> Any:
-        folder = self._repository / network
-        path = folder / "1" / "model.py"
-        spec = importlib.util.spec_from_file_location(f"{network}_model", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = text_format.Parse(
-            (folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
-        )
-        as_json = json_format.MessageToDict(config, preserving_proto_field_name=True)
-        model = module.TritonPythonModel()
-        model.initialize(
-            {
-                "model_config": json.dumps(as_json),
-                "model_repository": str(folder),
-                "model_version": "1",
-            }
-        )
-        return model
 
 
 class _Caller:
@@ -72,3 +53,23 @@ class _Caller:
         request = pb_utils.InferenceRequest(model_name=model_name, **parts)
         request.exec = lambda: self._networks.execute(model_name, request)
         return request
+
+
+def start_network(folder: Path, file: Path) -> Any:
+    """What Triton runs over a network's folder: the Python model in `file`, initialized."""
+    spec = importlib.util.spec_from_file_location("onnx_network_model", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = text_format.Parse(
+        (folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
+    )
+    described = json_format.MessageToDict(config, preserving_proto_field_name=True)
+    model = module.TritonPythonModel()
+    model.initialize(
+        {
+            "model_config": json.dumps(described),
+            "model_repository": str(folder),
+            "model_version": "1",
+        }
+    )
+    return model

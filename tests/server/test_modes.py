@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pixels import levels
 
 from darkroom import Client, Done, InvalidRequest
 from darkroom.server import Server, free_ports
@@ -48,10 +49,6 @@ def tiny(workshop: Workshop) -> Iterator[Server]:
 def asking(tiny: Server) -> Iterator[Client]:
     with Client(tiny.grpc_url, timeout=120) as client:
         yield client
-
-
-def levels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)
 
 
 @pytest.mark.parametrize("name", SHOWN)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc
 from PIL import Image
+from pixels import levels
 from server_checkpoint import CHECKPOINT
 
 from darkroom import AsyncClient, Client, DarkroomError, Picture
@@ -47,10 +48,6 @@ REQUESTS: list[dict[str, Any]] = [
         * 4
     )
 ]
-
-
-def levels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture).astype(int)
 
 
 def ask_together(client: Client, requests: list[dict[str, Any]]) -> list[Picture]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pixels import levels
 from prometheus_client.parser import text_string_to_metric_families
 
 from darkroom import (
@@ -114,10 +115,6 @@ def test_unary_and_streamed_requests_share_the_batch(server: Server, client: Cli
     assert gained["darkroom_batch_pictures_sum"] == picture_steps
     # Not one by one: on average many pictures share a step.
     assert gained["darkroom_batch_pictures_count"] < picture_steps / 4
-
-
-def levels(picture: Picture) -> np.ndarray:
-    return np.asarray(picture).astype(int)
 
 
 def test_a_preview_shows_the_picture_small(client: Client) -> None:

@@ -3,6 +3,8 @@
 import argparse
 import math
 import re
+from collections.abc import Callable
+from typing import Any
 
 from darkroom import protocol
 
@@ -16,6 +18,24 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=protocol.MODEL,
         help="which of the server's models to ask, see `darkroom info`; default: %(default)s",
+    )
+
+
+def add_repeatable(
+    parser: argparse.ArgumentParser,
+    option: str,
+    read: Callable[[str], Any],
+    metavar: str,
+    described: str,
+) -> None:
+    """An option that may be given several times, each read by `read`."""
+    parser.add_argument(
+        option,
+        action="append",
+        default=[],
+        type=read,
+        metavar=metavar,
+        help=f"{described}; may be repeated",
     )
 
 

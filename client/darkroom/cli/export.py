@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from darkroom.cli import scaled
-from darkroom.cli.arguments import named
+from darkroom.cli.arguments import add_repeatable, named
 from darkroom.exceptions import DarkroomError
 from darkroom.progress import terminal_progress
 
@@ -28,41 +28,31 @@ def _add_export(commands: Any) -> None:
         "--config", metavar="FOLDER", help="the architecture of a single .safetensors file"
     )
     parser.add_argument("--force", action="store_true", help="replace another repository")
-    parser.add_argument(
-        "--controlnet",
-        action="append",
-        default=[],
-        type=named,
-        metavar="NAME=PATH",
-        help="export a ControlNet too, as NAME; may be repeated",
-    )
+    add_repeatable(parser, "--controlnet", named, "NAME=PATH", "export a ControlNet too, as NAME")
     parser.add_argument(
         "--safety-checker", action="store_true", help="export the checkpoint's safety checker too"
     )
-    parser.add_argument(
+    add_repeatable(
+        parser,
         "--lora",
-        action="append",
-        default=[],
-        type=scaled.variant,
-        metavar="[NAME=]PATH[:SCALE]",
-        help="a LoRA in further networks, that requests ask for as the variant NAME, by default "
-        "the file's name; may be repeated, and those of one NAME are used together",
+        scaled.variant,
+        "[NAME=]PATH[:SCALE]",
+        "a LoRA in further networks, that requests ask for as the variant NAME, by default the "
+        "file's name; those of one NAME are used together",
     )
-    parser.add_argument(
+    add_repeatable(
+        parser,
         "--adapter",
-        action="append",
-        default=[],
-        type=named,
-        metavar="NAME=PATH",
-        help="a LoRA that requests may ask for as NAME, each for its own share; may be repeated",
+        named,
+        "NAME=PATH",
+        "a LoRA that requests may ask for as NAME, each for its own share",
     )
-    parser.add_argument(
+    add_repeatable(
+        parser,
         "--fuse-lora",
-        action="append",
-        default=[],
-        type=scaled.lora,
-        metavar="PATH[:SCALE]",
-        help="a LoRA that becomes part of the weights; may be repeated",
+        scaled.lora,
+        "PATH[:SCALE]",
+        "a LoRA that becomes part of the weights",
     )
     parser.add_argument("--default-steps", type=int, metavar="N", help="if a request does not say")
     parser.add_argument("--default-guidance-scale", type=float, metavar="X")

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from darkroom.cli import scaled
-from darkroom.cli.arguments import add_model, add_url, count
+from darkroom.cli.arguments import add_model, add_repeatable, add_url, count
 from darkroom.client import Client
 from darkroom.events import Done, Preview
 from darkroom.exceptions import DarkroomError
@@ -58,22 +58,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--strength", type=float, metavar="X", help="0 to 1, how much --image may change"
     )
-    parser.add_argument(
+    add_repeatable(
+        parser,
         "--control",
-        type=scaled.control,
-        action="append",
-        default=[],
-        metavar="NAME=FILE[:SCALE]",
-        help="a ControlNet and the picture it follows; may be repeated",
+        scaled.control,
+        "NAME=FILE[:SCALE]",
+        "a ControlNet and the picture it follows",
     )
-    parser.add_argument(
-        "--lora",
-        type=scaled.adapter,
-        action="append",
-        default=[],
-        metavar="NAME[:SCALE]",
-        help="an adapter to mix in; may be repeated",
-    )
+    add_repeatable(parser, "--lora", scaled.adapter, "NAME[:SCALE]", "an adapter to mix in")
     parser.add_argument("--variant", metavar="NAME", help="a variant of the checkpoint")
     parser.add_argument(
         "--refiner", metavar="MODEL", help="a model of the same server that makes the last steps"

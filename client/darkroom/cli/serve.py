@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from darkroom.cli import exit_status
-from darkroom.cli.arguments import max_rows, seconds, size_in_bytes
+from darkroom.cli.arguments import add_repeatable, max_rows, seconds, size_in_bytes
 from darkroom.progress import terminal_progress
 from darkroom.served_models import Source
 
@@ -57,12 +57,12 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="append tritonserver's log to this file; without it the log goes with the server",
     )
-    parser.add_argument(
+    add_repeatable(
+        parser,
         "--trace-config",
-        action="append",
-        default=[],
-        metavar="SETTING",
-        help="a setting of Triton's tracing, such as mode=opentelemetry; may be repeated",
+        str,
+        "SETTING",
+        "a setting of Triton's tracing, such as mode=opentelemetry",
     )
     parser.add_argument(
         "--probe-timeout",

@@ -26,13 +26,10 @@ class Canvas:
     """(3, H, W) in 0 to 1, what each ControlNet of the request is shown."""
 
     @classmethod
-    def prepare(
-        cls, request: ImageRequest, vae: Vae, scale_factor: int, *, is_masked_shown: bool
-    ) -> "Canvas":
+    def prepare(cls, request: ImageRequest, vae: Vae, *, is_masked_shown: bool) -> "Canvas":
         """Bring a request's pictures to their size, and encode them.
 
         Args:
-            scale_factor: pixels per latent.
             is_masked_shown: whether the denoiser is shown the picture without what is to be made.
 
         Raises:
@@ -45,7 +42,8 @@ class Canvas:
             return cls(controls=controls)
         mask = None if start.mask is None else pictures.to_mask(start.mask, size)
         # The nearest pixel up and left, as PyTorch's interpolation takes it.
-        small_mask = None if mask is None else mask[:, ::scale_factor, ::scale_factor].copy()
+        factor = vae.scale_factor
+        small_mask = None if mask is None else mask[:, ::factor, ::factor].copy()
         if start.picture is None:
             return cls(image=start.latents, mask=small_mask, controls=controls)
         pixels = 2 * pictures.to_unit(start.picture, size) - 1

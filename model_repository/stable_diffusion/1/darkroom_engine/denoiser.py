@@ -56,13 +56,13 @@ class Denoiser:
 
     def predict(self, batch: StepBatch) -> Array:
         """The network's outputs (R, C, h, w), of the batch's rows in their order."""
-        rows, latents = batch.rows, batch.latents()
+        rows, latents, timesteps = batch.rows, batch.latents(), batch.timesteps()
         inputs = {
             self._record.sample: _with_extra_channels(rows, latents),
-            "timestep": batch.timesteps(),
+            "timestep": timesteps,
             **stack_conditioning([row.conditioning for row in rows]),
             **self._lora_scale(rows),
-            **self._residuals(rows, latents, batch.timesteps()),
+            **self._residuals(rows, latents, timesteps),
         }
         network = batch.samples[0].group.network
         return self._networks.run(network, inputs, [self._record.output])[0]
@@ -75,17 +75,14 @@ class Denoiser:
         }
         _, height, width = shape
         factor = self._scale_factor
-        told = self._stacked_blank(1)
-        told.pop("timestep_cond", None)
+        inputs = _for_controlnet(
+            latents=np.zeros((1, *shape), np.float32),
+            timesteps=np.zeros(1, np.float32),
+            conditioning=self._stacked_blank(1),
+            images=np.zeros((1, 3, factor * height, factor * width), np.float32),
+            scales=np.zeros(1, np.float32),
+        )
         for network in self._controlnets.values():
-            pixels = np.zeros((1, 3, factor * height, factor * width), np.float32)
-            inputs = {
-                "sample": np.zeros((1, *shape), np.float32),
-                "timestep": np.zeros(1, np.float32),
-                **told,
-                "controlnet_cond": pixels,
-                "conditioning_scale": np.zeros(1, np.float32),
-            }
             names = [residual.name for residual in self._record.residuals]
             made = self._networks.first_run(network, inputs, names, timeout_s)
             for residual, array in zip(self._record.residuals, made, strict=True):
@@ -152,16 +149,13 @@ class Denoiser:
         }
         for (name, _), askers in asked.items():
             chosen = [asker.row for asker in askers]
-            told = stack_conditioning([rows[index].conditioning for index in chosen])
-            # An embedded guidance is the denoiser's alone.
-            told.pop("timestep_cond", None)
-            inputs = {
-                "sample": latents[chosen],
-                "timestep": timesteps[chosen],
-                **told,
-                "controlnet_cond": np.stack([asker.image for asker in askers]),
-                "conditioning_scale": np.array([asker.scale for asker in askers], np.float32),
-            }
+            inputs = _for_controlnet(
+                latents=latents[chosen],
+                timesteps=timesteps[chosen],
+                conditioning=stack_conditioning([rows[index].conditioning for index in chosen]),
+                images=np.stack([asker.image for asker in askers]),
+                scales=np.array([asker.scale for asker in askers], np.float32),
+            )
             made = self._networks.run(self._controlnets[name], inputs, list(totals))
             for total, array in zip(totals.values(), made, strict=True):
                 total[chosen] += array
@@ -187,6 +181,20 @@ def _askers(rows: Sequence[Row]) -> dict[tuple[str, int], list[_Asker]]:
             asked[control.name, num_uses[control.name]].append(_Asker(index, image, control.scale))
             num_uses[control.name] += 1
     return asked
+
+
+def _for_controlnet(
+    *, latents: Array, timesteps: Array, conditioning: Conditioning, images: Array, scales: Array
+) -> dict[str, Array]:
+    # An embedded guidance is the denoiser's alone.
+    told = {name: array for name, array in conditioning.items() if name != "timestep_cond"}
+    return {
+        "sample": latents,
+        "timestep": timesteps,
+        **told,
+        "controlnet_cond": images,
+        "conditioning_scale": scales,
+    }
 
 
 def guidance_embedding(w: float, size: int) -> Array:

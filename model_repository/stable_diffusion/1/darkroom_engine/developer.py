@@ -95,13 +95,8 @@ class Developer:
             NetworkFailed: the encoder failed.
         """
         if job.canvas is None:
-            manifest = self._manifest
-            job.canvas = Canvas.prepare(
-                job.request,
-                self._vae,
-                manifest.vae_scale_factor,
-                is_masked_shown=bool(manifest.denoiser.extra_channels),
-            )
+            is_masked_shown = bool(self._manifest.denoiser.extra_channels)
+            job.canvas = Canvas.prepare(job.request, self._vae, is_masked_shown=is_masked_shown)
         return job.canvas
 
     def close(self) -> None:

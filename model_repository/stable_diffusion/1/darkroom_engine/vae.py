@@ -43,14 +43,14 @@ class Vae:
         Raises:
             ValueError: `tile_size` is less than a latent.
         """
-        factor = manifest.vae_scale_factor
+        self.scale_factor = factor = manifest.vae_scale_factor
+        """Pixels per latent."""
         if 0 < tile_size < factor:
             raise ValueError(
                 f"vae_tile_size: {tile_size} is below {factor}, allowed are 0 and more"
             )
         self._tile, self._overlap = tile_size // factor, tile_overlap // factor
         self._networks = networks
-        self._scale_factor = manifest.vae_scale_factor
         self._scaling = np.float32(manifest.vae_scaling_factor)
         self._shift = np.float32(manifest.vae_shift_factor)
         self._has_encoder = manifest.has_encoder
@@ -76,7 +76,7 @@ class Vae:
             NetworkFailed: one of them fails, or makes something of another shape.
         """
         channels, height, width = shape
-        pixel_shape = (1, 3, height * self._scale_factor, width * self._scale_factor)
+        pixel_shape = (1, 3, height * self.scale_factor, width * self.scale_factor)
         calls = [(VAE_DECODER, "latent_sample", "sample", (1, *shape), pixel_shape)]
         if self._has_encoder:
             parameters_shape = (1, 2 * channels, height, width)
@@ -91,7 +91,7 @@ class Vae:
     def _tiled(self, run_tiled: Callable[..., Array], run: Run, whole: Array) -> Array:
         if not self._tile:
             return run(whole)
-        return run_tiled(run, whole, self._scale_factor, self._tile, self._overlap)
+        return run_tiled(run, whole, self.scale_factor, self._tile, self._overlap)
 
     def _decode(self, latents: Array) -> Array:
         return self._networks.run(VAE_DECODER, {"latent_sample": latents}, ["sample"])[0]
