@@ -9,6 +9,7 @@ from torch import nn
 
 from darkroom.progress import Progress, silent_progress
 from darkroom_export import repository as repo
+from darkroom_export.backend import Backend
 from darkroom_export.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from darkroom_export.controlnet import (
     ControlNet,
@@ -114,7 +115,7 @@ def export_checkpoint(
     check_controlnets(extras.controlnets, checkpoint.pipeline, family)
     check_adapters(getattr(checkpoint.pipeline, family.denoiser), extras.loras)
     with repo.atomic_directory(target) as partial:
-        manifest = describe(checkpoint, precision, defaults, extras.controlnets)
+        manifest = describe(checkpoint, Backend.PYTHON, precision, defaults, extras.controlnets)
         manifest |= {"name": target.resolve().name, "identity": identity}
         manifest["text"] = describe_text(checkpoint.pipeline, family, partial)
         if safety_checker:
@@ -239,6 +240,7 @@ class _Export:
         with self.progress(f"comparing {spec.name} with PyTorch"):
             verification = verify_network(spec, reference, path, self.precision)
         self.manifest["networks"][spec.name] = {
+            "backend": str(Backend.PYTHON),
             "files": repo.hash_files(self.target, files),
             "inputs": [tensor.name for tensor in repo.served_inputs(spec)],
             "outputs": [tensor.name for tensor in spec.outputs],

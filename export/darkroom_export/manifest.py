@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 
+from darkroom_export.backend import Backend
 from darkroom_export.checkpoint import Checkpoint
 from darkroom_export.controlnet import ControlNet
 from darkroom_export.errors import ExportError
@@ -14,7 +15,7 @@ from darkroom_export.families import FAMILIES, Family, size_factor, text_encoder
 from darkroom_export.networks import residuals
 from darkroom_export.precision import Precision
 
-MANIFEST_FORMAT = 3
+MANIFEST_FORMAT = 4
 MAX_NUM_INFERENCE_STEPS = 150
 MAX_GUIDANCE_SCALE = 50.0
 NUM_STEPS_OF_DISTILLED = 4
@@ -61,6 +62,7 @@ class Defaults:
 
 def describe(
     checkpoint: Checkpoint,
+    backend: Backend,
     precision: Precision,
     defaults: Defaults,
     controlnets: list[ControlNet],
@@ -74,7 +76,7 @@ def describe(
         "family": checkpoint.family,
         "checkpoint": {"source": checkpoint.files.source, "sha256": checkpoint.files.sha256},
         "precision": str(precision),
-        "backend": "python-onnxruntime",
+        "backend": str(backend),
         "latents": {
             "channels": vae_config.latent_channels,
             "vae_scale_factor": vae_scale_factor(pipeline),

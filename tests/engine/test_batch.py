@@ -7,6 +7,7 @@ import pytest
 from engine_harness import LIMITS, WAIT_S, Harness
 
 from darkroom_engine import ImageRequest, Job
+from darkroom_engine.arrays import HOST
 from darkroom_engine.batch import StepBatch, stack_conditioning
 from darkroom_engine.sample import Group, Sample
 from darkroom_engine.schedule import NoiseSchedule
@@ -34,7 +35,7 @@ def outputs_for(batch: StepBatch) -> np.ndarray:
 
 
 def stacked(batch: StepBatch) -> dict[str, np.ndarray]:
-    return stack_conditioning([row.conditioning for row in batch.rows])
+    return stack_conditioning([row.conditioning for row in batch.rows], HOST)
 
 
 def guided(sample: Sample) -> np.ndarray:
@@ -44,21 +45,24 @@ def guided(sample: Sample) -> np.ndarray:
 
 def test_each_row_has_its_own_guidance() -> None:
     samples = [make_sample(0), make_sample(1, guidance_scale=1.0), make_sample(2)]
-    batch = StepBatch(samples)
+    batch = StepBatch(samples, HOST)
     outputs = outputs_for(batch)
     assert batch.num_rows == 5
-    assert batch.apply(outputs) == []
+    # Those with guidance come first.
+    assert batch.samples == [samples[0], samples[2], samples[1]]
+    batch.apply(outputs)
+    assert batch.failures() == []
 
-    for n, row in ((0, 3), (2, 4)):
-        expected = outputs[row] + 4 * (outputs[n] - outputs[row])
-        np.testing.assert_allclose(guided(samples[n]), expected, rtol=1e-6)
-    np.testing.assert_array_equal(guided(samples[1]), outputs[1])
+    for n, sample in enumerate((samples[0], samples[2])):
+        expected = outputs[3 + n] + 4 * (outputs[n] - outputs[3 + n])
+        np.testing.assert_allclose(guided(sample), expected, rtol=1e-6)
+    np.testing.assert_array_equal(guided(samples[1]), outputs[2])
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.3, 1.0])
 def test_rescaled_guidance_has_the_contrast_of_the_conditional(phi: float) -> None:
     sample = make_sample(0, guidance_rescale=phi)
-    batch = StepBatch([sample])
+    batch = StepBatch([sample], HOST)
     outputs = outputs_for(batch)
     batch.apply(outputs)
 
@@ -73,7 +77,7 @@ def test_rescaled_guidance_is_that_of_diffusers() -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
     sample = make_sample(0, guidance_rescale=0.7)
-    batch = StepBatch([sample])
+    batch = StepBatch([sample], HOST)
     outputs = outputs_for(batch)
     batch.apply(outputs)
 
@@ -89,7 +93,7 @@ def test_guidance_is_on_within_its_interval_alone() -> None:
     sample = make_sample(0, guidance_start=0.2, guidance_stop=0.7)
     rows = []
     for _ in range(10):
-        batch = StepBatch([sample])
+        batch = StepBatch([sample], HOST)
         rows.append(batch.num_rows)
         batch.apply(outputs_for(batch))
 
@@ -98,7 +102,7 @@ def test_guidance_is_on_within_its_interval_alone() -> None:
 
 def test_shorter_prompts_are_repeated_beside_longer_ones() -> None:
     long, short = make_sample(0, num_tokens=154), make_sample(1)
-    hidden = stacked(StepBatch([long, short]))["hidden"]
+    hidden = stacked(StepBatch([long, short], HOST))["hidden"]
 
     assert hidden.shape == (4, 154, 3)
     np.testing.assert_array_equal(hidden[0], long.conditional["hidden"])
@@ -109,7 +113,7 @@ def test_shorter_prompts_are_repeated_beside_longer_ones() -> None:
 def test_two_and_three_chunks_meet_at_six() -> None:
     samples = [make_sample(n, num_tokens=77 * n, guidance_scale=1.0) for n in (2, 3)]
 
-    assert stacked(StepBatch(samples))["hidden"].shape == (2, 462, 3)
+    assert stacked(StepBatch(samples, HOST))["hidden"].shape == (2, 462, 3)
 
 
 def test_a_long_prompt_leaves_its_neighbours_pictures_alone(harness: Harness) -> None:

@@ -12,6 +12,8 @@ from engine_harness import WAIT_S, Harness
 from PIL import Image
 
 from darkroom_engine import Cancelled, EngineError, ImageRequest, Job, JobResult, Manifest
+from darkroom_engine.arrays import HOST
+from darkroom_engine.batch import Progress
 from darkroom_engine.reporter import MAX_BACKLOG, MAX_PREVIEW_BACKLOG, Reporter
 from darkroom_engine.sample import Group, Sample
 from darkroom_engine.schedule import NoiseSchedule
@@ -143,15 +145,14 @@ def test_what_a_listener_cannot_take_is_left_out_and_counted(
         nonlocal num_dropped
         num_dropped += count
 
-    reporter, ear = Reporter(manifest, drop), Ear(preview_interval=1)
+    reporter, ear = Reporter(manifest, HOST, drop), Ear(preview_interval=1)
     request = ImageRequest.parse({"prompt": b"", "num_inference_steps": 60}, harness.engine.limits)
     table = UniPC().table(NoiseSchedule.from_config(manifest.noise_schedule), 60)
     job = Job(request, ear.reply, listener=ear)
     sample = Sample(job, 0, table, Group("unet", (4, 4, 4)), request.guided_steps(60))
     sample.state = initial_state(np.zeros((4, 4, 4), np.float32), table)
-    sample.step = 1
     for _ in range(MAX_BACKLOG + 10):
-        reporter.stepped([sample])
+        reporter.stepped([Progress(sample, 1, sample.state)])
     reporter.queued(ear, 7)
     answer = JobResult([b""], [0], {})
     reporter.answer(ear.reply, answer)

@@ -82,6 +82,18 @@ def test_an_adapter_without_a_record_is_refused(
         Manifest.load(path)
 
 
+def test_a_network_that_something_unknown_runs_is_refused_by_name(
+    repository: Path, manifest_document: dict[str, Any]
+) -> None:
+    path = rewrite(repository, manifest_document, "unet", backend="openvino")
+
+    with pytest.raises(
+        ManifestError,
+        match="unet: backend 'openvino' is not known .* python, onnxruntime, tensorrt, torch are",
+    ):
+        Manifest.load(path)
+
+
 @pytest.mark.parametrize("error", [0.5, float("nan")])
 def test_an_unverified_network_is_refused_by_name(
     repository: Path, manifest_document: dict[str, Any], error: float
@@ -99,9 +111,9 @@ def test_an_unverified_network_is_refused_by_name(
         (None, "is missing: this is no exported repository"),
         ("{", "is not JSON"),
         ("[]", "missing or malformed"),
-        ('{"format": 3}', "'name' is missing or malformed"),
-        ('{"format": 1}', "format 1, but this engine reads 3; export the checkpoint again"),
-        ('{"format": 99}', "format 99, but this engine reads 3; export the checkpoint again"),
+        ('{"format": 4}', "'name' is missing or malformed"),
+        ('{"format": 1}', "format 1, but this engine reads 4; export the checkpoint again"),
+        ('{"format": 99}', "format 99, but this engine reads 4; export the checkpoint again"),
     ],
 )
 def test_an_unreadable_manifest_is_refused(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from engine_harness import WAIT_S, Harness
+from fake_device import DeviceNetworks
 from fake_networks import FakeNetworks
 from PIL import Image
 
@@ -73,9 +74,9 @@ def make_rich(
     (repository / "manifest.json").write_text(json.dumps(rich))
     harnesses = []
 
-    def make(**config: Any) -> Harness:
+    def make(served: FakeNetworks = networks, **config: Any) -> Harness:
         manifest = Manifest.load(repository / "manifest.json")
-        harness = Harness(manifest, networks, EngineConfig(**{"max_rows": 32, **config}))
+        harness = Harness(manifest, served, EngineConfig(**{"max_rows": 32, **config}))
         harnesses.append(harness)
         harness.engine.start()
         return harness
@@ -159,6 +160,15 @@ def test_mixed_modes_join_and_leave_at_any_step(
     futures = {n: harness.ask(**REQUESTS[n]) for n in order}
 
     assert [futures[n].result(WAIT_S).pictures[0] for n in range(len(REQUESTS))] == solo
+
+
+def test_all_modes_on_a_device_equal_those_on_the_host(make_rich: Callable[..., Harness]) -> None:
+    on_host, on_device = make_rich(), make_rich(DeviceNetworks(), max_rows=7)
+    expected = [on_host.picture(**request) for request in REQUESTS]
+
+    futures = [on_device.ask(**request) for request in REQUESTS]
+
+    assert [future.result(WAIT_S).pictures[0] for future in futures] == expected
 
 
 def test_a_starting_picture_shows_the_more_the_less_strength(harness: Harness) -> None:
@@ -283,6 +293,26 @@ def test_controlnets_speak_only_from_their_start_to_their_end(harness: Harness) 
 
     controlled = [RESIDUAL["name"] in names for names in harness.networks.step_inputs]
     assert controlled == [False, False, True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+def test_a_network_of_tritons_own_backends_is_told_that_no_controlnet_speaks(
+    rich: dict[str, Any],
+    make_rich: Callable[..., Harness],
+    networks: FakeNetworks,
+    repository: Path,
+    backend: str,
+) -> None:
+    requests = [request | {"output_format": "latent"} for request in REQUESTS[:6]]
+    expected = [make_rich().picture(**request) for request in requests]
+    unet = rich["networks"]["unet"] | {"backend": backend}
+    document = rich | {"networks": rich["networks"] | {"unet": unet}}
+    (repository / "manifest.json").write_text(json.dumps(document))
+    networks.step_inputs.clear()
+    harness = make_rich()
+
+    assert [harness.picture(**request) for request in requests] == expected
+    assert all(RESIDUAL["name"] in inputs for inputs in networks.step_inputs)
 
 
 def test_a_scale_of_nothing_is_no_controlnet(harness: Harness) -> None:

@@ -88,8 +88,8 @@ def test_nothing_is_left_beside_the_repository(repository: Path) -> None:
 def test_the_manifest_describes_the_checkpoint(fp32: Path, checkpoint: Path) -> None:
     manifest = manifest_of(fp32)
 
-    assert (manifest["format"], manifest["name"], manifest["family"]) == (3, "repository", "sd1")
-    assert (manifest["precision"], manifest["backend"]) == ("fp32", "python-onnxruntime")
+    assert (manifest["format"], manifest["name"], manifest["family"]) == (4, "repository", "sd1")
+    assert (manifest["precision"], manifest["backend"]) == ("fp32", "python")
     assert manifest["checkpoint"]["source"] == str(checkpoint)
     assert len(manifest["checkpoint"]["sha256"]) == 64
     assert manifest["latents"] == {

@@ -62,7 +62,7 @@ def test_a_request_that_does_not_say_gets_what_the_checkpoint_was_made_for(
 ) -> None:
     manifest = described(loaded(make_checkpoint, architecture), tmp_path)
 
-    assert (manifest["format"], manifest["family"]) == (3, family)
+    assert (manifest["format"], manifest["family"]) == (4, family)
     assert tuple(manifest["limits"][key] for key in DEFAULTS) == defaults
 
 

@@ -582,7 +582,7 @@ def exported(sd15: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("adaptable") / "repository"
     spec = add_lora_inputs(unet_spec(sd15))
     export_onnx(spec, Precision.FP32, write_network_model(root, spec))
-    manifest = {"format": 3, "denoiser": {"network": "unet"}, "loras": {}}
+    manifest = {"format": 4, "denoiser": {"network": "unet"}, "loras": {}}
     (root / "manifest.json").write_text(json.dumps(manifest))
     return root
 

@@ -25,6 +25,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from darkroom_engine.networks import HostNetworks
 from darkroom_engine.prompts import PromptEncoder
 
 HIDDEN = "encoder_hidden_states"
@@ -39,7 +40,7 @@ SD3_WIDTH = 96
 LONG = "a large red circle on the mat "
 
 
-class TorchTextEncoders:
+class TorchTextEncoders(HostNetworks):
     """Text encoders in PyTorch, called as the exported ones are."""
 
     def __init__(self, modules: Mapping[str, Any], *, is_last_layer_used: bool) -> None:

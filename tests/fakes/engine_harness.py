@@ -43,7 +43,7 @@ def manifest_document() -> dict[str, Any]:
     verification = {"error": 1e-6, "tolerance": 1e-4}
     names = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
     return {
-        "format": 3,
+        "format": 4,
         "name": "fake",
         "family": "sd1",
         "precision": "fp32",
@@ -117,6 +117,7 @@ def manifest_document() -> dict[str, Any]:
         },
         "networks": {
             name: {
+                "backend": "python",
                 "files": {},
                 "outputs": ["out"],
                 "max_batch_size": 63,

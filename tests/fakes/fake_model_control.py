@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from darkroom_engine.errors import NetworkFailed
+from darkroom_engine.networks import HostNetworks
 
 
-class FakeServer:
+class FakeServer(HostNetworks):
     """The `ModelControl` and the `Networks` interface of one server; a call must find its network.
 
     `told` is what happened, in order: "+name" a load, "-name" an unload, "name" a call.

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from darkroom_engine.errors import NetworkFailed
+from darkroom_engine.networks import HostNetworks
 
 HIDDEN = 6
 LAYERS = 3
 FACTOR = 8
 
 
-class FakeNetworks:
+class FakeNetworks(HostNetworks):
     """The `Networks` interface over formulas, with switches to hold, fail and watch calls.
 
     Any mixing of rows, timesteps or conditioning between neighbours changes a picture, because each

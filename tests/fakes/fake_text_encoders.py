@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from darkroom_engine.networks import HostNetworks
+
 NUM_LAYERS = 4
 POOLED_WIDTH = 3
 
 
-class FakeTextEncoders:
+class FakeTextEncoders(HostNetworks):
     """The `Networks` interface over formulas, as far as text encoders need it."""
 
     def __init__(self, widths: Mapping[str, int]) -> None:

@@ -11,10 +11,10 @@ import triton_python_backend_utils as pb_utils
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 
-from darkroom_engine.networks import TritonNetworks
+from darkroom_engine.networks import HostNetworks, TritonNetworks
 
 
-class OnnxNetworks:
+class OnnxNetworks(HostNetworks):
     """The `Networks` interface over a repository's models, each loaded when it is first asked."""
 
     def __init__(self, repository: Path) -> None:

@@ -1,16 +1,18 @@
-"""One UNet call: running samples gathered into rows, and the rows' outputs carried back."""
+"""One call of the denoiser: running samples gathered into rows, and its outputs carried back."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from darkroom_engine.arrays import Array, Arrays
 from darkroom_engine.errors import NetworkFailed
 from darkroom_engine.networks import Conditioning
 from darkroom_engine.sample import Sample
-from darkroom_engine.solver import NOISE, advance
+from darkroom_engine.solver import NOISE, advance_by, step_weights
 
 
 @dataclass(frozen=True)
@@ -21,90 +23,112 @@ class Row:
     conditioning: Conditioning
 
 
+class Progress(NamedTuple):
+    """A step that a sample has made."""
+
+    sample: Sample
+    step: int
+    """Steps done, this one among them."""
+    state: Array
+    """(NUM_TERMS, C, h, w) after it."""
+
+
 class StepBatch:
     """The next step of N samples of one group, as R rows.
 
-    Rows 0 to N - 1 are the conditional predictions; samples that are guided at this step have a
-    second, unconditional row after those.
+    The samples that are guided at this step come first. Rows 0 to N - 1 are the conditional
+    predictions; rows N to R - 1 the unconditional ones, of those that are guided.
     """
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
-        self.samples = samples
-        self._guided = [n for n, sample in enumerate(samples) if sample.is_guided]
-        self.rows = [Row(sample, sample.conditional) for sample in samples]
-        self.rows += [Row(samples[n], samples[n].unconditional) for n in self._guided]
+    def __init__(self, samples: Sequence[Sample], arrays: Arrays) -> None:
+        guided = [sample for sample in samples if sample.is_guided]
+        self.samples = [*guided, *(sample for sample in samples if not sample.is_guided)]
+        self.rows = [Row(sample, sample.conditional) for sample in self.samples]
+        self.rows += [Row(sample, sample.unconditional) for sample in guided]
+        self.made: list[Progress] = []
+        """What `apply` has begun; a sample may be further on by now."""
+        self._arrays = arrays
+        self._finite: Callable[[], NDArray[np.bool_]] = lambda: np.ones(0, bool)
 
     @property
     def num_rows(self) -> int:
         return len(self.rows)
 
-    def latents(self) -> NDArray[np.float32]:
+    def latents(self) -> Array:
         """(R, C, h, w)."""
-        return np.stack([row.sample.latents for row in self.rows])
+        return self._arrays.stack([row.sample.latents for row in self.rows])
 
-    def timesteps(self) -> NDArray[np.float32]:
+    def timesteps(self) -> Array:
         """(R,)."""
-        return np.array([row.sample.timestep for row in self.rows], np.float32)
+        timesteps = np.array([row.sample.timestep for row in self.rows], np.float32)
+        return self._arrays.from_host(timesteps)
 
-    def apply(self, outputs: NDArray[np.float32]) -> list[tuple[Sample, NetworkFailed]]:
-        """Advance every sample by its own step.
+    def apply(self, outputs: Array) -> None:
+        """Advance every sample by its own step, which may be under way when this returns.
 
         Args:
-            outputs: (R, C, H, W) from the UNet.
-
-        Returns:
-            The samples whose output is not finite, which must not go on, with the error.
+            outputs: (R, C, h, w) from the denoiser.
         """
-        samples = self.samples
+        arrays, samples = self._arrays, self.samples
         for sample in samples:
             if sample.table.is_stochastic:
                 # From the sample's own stream, so that its neighbours have no say in it.
-                sample.state[NOISE] = sample.noise.draw(sample.latent_shape)
-        states = np.stack([sample.state for sample in samples])
+                sample.state[NOISE] = arrays.from_host(sample.noise.draw(sample.latent_shape))
+        weights = step_weights([s.table for s in samples], [s.step for s in samples], np.float32)
         guided = self._guide(outputs)
-        states = advance(
-            states, guided, [sample.table for sample in samples], [s.step for s in samples]
+        states = advance_by(
+            arrays.stack([sample.state for sample in samples]),
+            guided,
+            *map(arrays.from_host, weights),
         )
-        failed = []
-        for sample, output, state in zip(samples, guided, states, strict=True):
+        self._finite = arrays.fetch(arrays.finite_rows(guided))
+        for sample, state in zip(samples, states, strict=True):
             # A copy, because a view would keep the whole batch for as long as one of it waits.
-            sample.state = state.copy()
+            sample.state = arrays.copy(state)
             sample.step += 1
             if sample.kept is not None:
                 sample.kept.put_back(sample)
-            if not np.isfinite(output).all():
-                problem = f"output is not finite at step {sample.step} of {sample.table.num_steps}"
+            if sample.is_finished:
+                sample.result = arrays.fetch(sample.latents)
+            self.made.append(Progress(sample, sample.step, sample.state))
+
+    def failures(self) -> list[tuple[Sample, NetworkFailed]]:
+        """Wait for the step; the samples whose output is not finite, which must not go on."""
+        failed = []
+        for (sample, step, _), is_finite in zip(self.made, self._finite(), strict=True):
+            if not is_finite:
+                problem = f"output is not finite at step {step} of {sample.table.num_steps}"
                 failed.append((sample, NetworkFailed(sample.group.network, problem)))
         return failed
 
-    def _guide(self, outputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): (N, C, H, W)."""
-        count = len(self.samples)
-        guided = outputs[:count].copy()
-        for row, n in enumerate(self._guided, start=count):
-            request = self.samples[n].job.request
-            scale = np.float32(request.guidance_scale)
-            guided[n] = outputs[row] + scale * (outputs[n] - outputs[row])
-            if request.guidance_rescale:
-                guided[n] = _rescale(guided[n], outputs[n], np.float32(request.guidance_rescale))
+    def _guide(self, outputs: Array) -> Array:
+        """Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): (N, C, h, w)."""
+        conditional, unconditional = outputs[: len(self.samples)], outputs[len(self.samples) :]
+        guided = self._arrays.copy(conditional)
+        requests = [sample.job.request for sample in self.samples[: len(unconditional)]]
+        if not requests:
+            return guided
+        scales = np.array([request.guidance_scale for request in requests], np.float32)
+        difference = conditional[: len(requests)] - unconditional
+        scale = self._arrays.from_host(scales[:, None, None, None])
+        guided[: len(requests)] = unconditional + scale * difference
+        for n, request in enumerate(requests):
+            if phi := request.guidance_rescale:
+                guided[n] = self._rescale(guided[n], conditional[n], phi)
         return guided
 
-
-def _rescale(
-    guided: NDArray[np.float32], conditional: NDArray[np.float32], phi: np.float32
-) -> NDArray[np.float32]:
-    """Equations 15 and 16 of Lin et al. 2023 (arXiv:2305.08891), against too much contrast."""
-    rescaled = guided * (conditional.std(ddof=1) / guided.std(ddof=1))
-    mixed: NDArray[np.float32] = phi * rescaled + (1 - phi) * guided
-    return mixed
+    def _rescale(self, guided: Array, conditional: Array, phi: float) -> Array:
+        """Equations 15 and 16 of Lin et al. 2023 (arXiv:2305.08891), against too much contrast."""
+        contrast = self._arrays.std(conditional) / self._arrays.std(guided)
+        return phi * (guided * contrast) + (1 - phi) * guided
 
 
-def stack_conditioning(rows: Sequence[Conditioning]) -> Conditioning:
+def stack_conditioning(rows: Sequence[Conditioning], arrays: Arrays) -> Conditioning:
     """The rows' inputs, each (R, ...)."""
-    return {name: _stack([row[name] for row in rows]) for name in rows[0]}
+    return {name: _stack([row[name] for row in rows], arrays) for name in rows[0]}
 
 
-def _stack(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+def _stack(rows: Sequence[Array], arrays: Arrays) -> Array:
     """Rows (L_n, ...) to (R, L, ...), where those of shorter prompts are repeated to fit.
 
     Attention over a text that is written twice is attention over the text: every weight is halved
@@ -112,9 +136,9 @@ def _stack(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     """
     length = math.lcm(*{len(row) for row in rows})
     # Mostly all are as long as each other, and need not be copied first.
-    return np.stack(
+    return arrays.stack(
         [
-            row if len(row) == length else np.concatenate([row] * (length // len(row)))
+            row if len(row) == length else arrays.concatenate([row] * (length // len(row)), axis=0)
             for row in rows
         ]
     )

@@ -7,14 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from darkroom_engine.arrays import Array
 from darkroom_engine.batch import Row, StepBatch, stack_conditioning
 from darkroom_engine.errors import NetworkFailed
-from darkroom_engine.manifest import Manifest
+from darkroom_engine.manifest import NATIVE_BACKENDS, Manifest
 from darkroom_engine.networks import Conditioning, Shape
 from darkroom_engine.request import ImageRequest
 from darkroom_engine.steady import SteadyNetworks
-
-Array = NDArray[np.float32]
 
 _MAX_PERIOD = 10_000.0
 _W_SCALE = 1000.0
@@ -29,6 +28,10 @@ class Denoiser:
         self._num_loras = len(manifest.loras)
         self._scale_factor = manifest.vae_scale_factor
         self._networks = networks
+        self._arrays = networks.arrays
+        # Triton's own backends take no call that leaves an input out.
+        runner = manifest.networks[manifest.denoiser.network].backend
+        self._fills_residuals = runner in NATIVE_BACKENDS
         self._blank: Conditioning = {}
 
     def network_of(self, replaced: Mapping[str, str]) -> str:
@@ -58,9 +61,9 @@ class Denoiser:
         """The network's outputs (R, C, h, w), of the batch's rows in their order."""
         rows, latents, timesteps = batch.rows, batch.latents(), batch.timesteps()
         inputs = {
-            self._record.sample: _with_extra_channels(rows, latents),
+            self._record.sample: self._with_extra_channels(rows, latents),
             "timestep": timesteps,
-            **stack_conditioning([row.conditioning for row in rows]),
+            **stack_conditioning([row.conditioning for row in rows], self._arrays),
             **self._lora_scale(rows),
             **self._residuals(rows, latents, timesteps),
         }
@@ -73,21 +76,22 @@ class Denoiser:
             **{name: np.array(row) for name, row in conditioning.items()},
             **self._blank_sizes(),
         }
+        zeros = self._arrays.zeros
         _, height, width = shape
         factor = self._scale_factor
         inputs = _for_controlnet(
-            latents=np.zeros((1, *shape), np.float32),
-            timesteps=np.zeros(1, np.float32),
+            latents=zeros((1, *shape)),
+            timesteps=zeros((1,)),
             conditioning=self._stacked_blank(1),
-            images=np.zeros((1, 3, factor * height, factor * width), np.float32),
-            scales=np.zeros(1, np.float32),
+            images=zeros((1, 3, factor * height, factor * width)),
+            scales=zeros((1,)),
         )
         for network in self._controlnets.values():
             names = [residual.name for residual in self._record.residuals]
             made = self._networks.first_run(network, inputs, names, timeout_s)
             for residual, array in zip(self._record.residuals, made, strict=True):
-                if array.shape != (1, *residual.shape(shape)):
-                    raise NetworkFailed(network, f"made {residual.name} of {array.shape}")
+                if tuple(array.shape) != (1, *residual.shape(shape)):
+                    raise NetworkFailed(network, f"made {residual.name} of {tuple(array.shape)}")
 
     def rehearse_network(self, network: str, shape: Shape, timeout_s: float) -> None:
         """Make a denoiser's first call.
@@ -97,25 +101,32 @@ class Denoiser:
         """
         inputs = self._blank_inputs(1, shape)
         (made,) = self._networks.first_run(network, inputs, [self._record.output], timeout_s)
-        if made.shape != (1, *shape):
-            raise NetworkFailed(network, f"made {made.shape} of {(1, *shape)}")
+        if tuple(made.shape) != (1, *shape):
+            raise NetworkFailed(network, f"made {tuple(made.shape)} of {(1, *shape)}")
 
     def predict_blank(self, num_rows: int, shape: Shape) -> None:
-        """A call of that size whose output nobody needs."""
+        """A call of that size, whose output nobody needs; it is done when this returns."""
         inputs = self._blank_inputs(num_rows, shape)
-        self._networks.run(self._record.network, inputs, [self._record.output])
+        (made,) = self._networks.run(self._record.network, inputs, [self._record.output])
+        self._arrays.to_host(made)
 
     def _blank_inputs(self, num_rows: int, shape: Shape) -> dict[str, Array]:
         channels, height, width = shape
-        size = (num_rows, channels + self._record.extra_channels, height, width)
+        zeros = self._arrays.zeros
         return {
-            self._record.sample: np.zeros(size, np.float32),
-            "timestep": np.zeros(num_rows, np.float32),
+            self._record.sample: zeros(
+                (num_rows, channels + self._record.extra_channels, height, width)
+            ),
+            "timestep": zeros((num_rows,)),
             **self._stacked_blank(num_rows),
+            **(self._no_residuals(num_rows, shape) if self._fills_residuals else {}),
         }
 
     def _stacked_blank(self, num_rows: int) -> dict[str, Array]:
-        return {name: np.stack([row] * num_rows) for name, row in self._blank.items()}
+        return {
+            name: self._arrays.from_host(np.stack([row] * num_rows))
+            for name, row in self._blank.items()
+        }
 
     def _blank_sizes(self) -> Conditioning:
         record = self._record
@@ -127,39 +138,58 @@ class Denoiser:
             blank["timestep_cond"] = np.zeros(record.guidance_embedding_size, np.float32)
         return blank
 
-    def _lora_scale(self, rows: Sequence[Row]) -> dict[str, Array]:
+    def _lora_scale(self, rows: Sequence[Row]) -> dict[str, NDArray[np.float32]]:
+        """On the host in any case: what runs the network decides by it what it needs."""
         if all(row.sample.lora_scale is None for row in rows):
             return {}
         none = np.zeros(self._num_loras, np.float32)
         scales = [row.sample.lora_scale for row in rows]
         return {"lora_scale": np.stack([none if scale is None else scale for scale in scales])}
 
+    def _with_extra_channels(self, rows: Sequence[Row], latents: Array) -> Array:
+        extra = [row.sample.extra_channels for row in rows]
+        if all(channels is None for channels in extra):
+            return latents
+        channels = self._arrays.stack([c for c in extra if c is not None])
+        return self._arrays.concatenate([latents, channels], axis=1)
+
     def _residuals(self, rows: Sequence[Row], latents: Array, timesteps: Array) -> dict[str, Array]:
         """The sum of what the ControlNets say at this step, by input name; nothing if none does.
 
         A network is asked once for all rows that use it, however many requests they are of.
         """
+        arrays, shape = self._arrays, rows[0].sample.latent_shape
         asked = _askers(rows)
         if not asked:
-            return {}
-        shape = rows[0].sample.latent_shape
-        totals = {
-            residual.name: np.zeros((len(rows), *residual.shape(shape)), np.float32)
-            for residual in self._record.residuals
-        }
+            return self._no_residuals(len(rows), shape) if self._fills_residuals else {}
+        said: list[dict[str, Array]] = [{} for _ in rows]
         for (name, _), askers in asked.items():
             chosen = [asker.row for asker in askers]
+            conditioning = [rows[index].conditioning for index in chosen]
             inputs = _for_controlnet(
-                latents=latents[chosen],
-                timesteps=timesteps[chosen],
-                conditioning=stack_conditioning([rows[index].conditioning for index in chosen]),
-                images=np.stack([asker.image for asker in askers]),
-                scales=np.array([asker.scale for asker in askers], np.float32),
+                latents=arrays.stack([latents[index] for index in chosen]),
+                timesteps=arrays.stack([timesteps[index] for index in chosen]),
+                conditioning=stack_conditioning(conditioning, arrays),
+                images=arrays.stack([asker.image for asker in askers]),
+                scales=arrays.from_host(np.array([asker.scale for asker in askers], np.float32)),
             )
-            made = self._networks.run(self._controlnets[name], inputs, list(totals))
-            for total, array in zip(totals.values(), made, strict=True):
-                total[chosen] += array
+            names = [residual.name for residual in self._record.residuals]
+            made = self._networks.run(self._controlnets[name], inputs, names)
+            for output, feature_maps in zip(names, made, strict=True):
+                for row, feature_map in zip(chosen, feature_maps, strict=True):
+                    before = said[row].get(output)
+                    said[row][output] = feature_map if before is None else before + feature_map
+        totals = {}
+        for residual in self._record.residuals:
+            nothing = arrays.zeros(residual.shape(shape))
+            totals[residual.name] = arrays.stack([it.get(residual.name, nothing) for it in said])
         return totals
+
+    def _no_residuals(self, num_rows: int, shape: Shape) -> dict[str, Array]:
+        return {
+            residual.name: self._arrays.zeros((num_rows, *residual.shape(shape)))
+            for residual in self._record.residuals
+        }
 
 
 class _Asker(NamedTuple):
@@ -197,7 +227,7 @@ def _for_controlnet(
     }
 
 
-def guidance_embedding(w: float, size: int) -> Array:
+def guidance_embedding(w: float, size: int) -> NDArray[np.float32]:
     """(size,): equation 10's w of Luo et al. 2023 (arXiv:2310.04378) as sines, as diffusers has it.
 
     In float32, in which the network was trained with it.
@@ -209,10 +239,3 @@ def guidance_embedding(w: float, size: int) -> Array:
     angles = np.float32(w * _W_SCALE) * rates
     embedding = np.concatenate([np.sin(angles), np.cos(angles)]).astype(np.float32)
     return np.pad(embedding, (0, size - 2 * half))
-
-
-def _with_extra_channels(rows: Sequence[Row], latents: Array) -> Array:
-    extra = [row.sample.extra_channels for row in rows]
-    if all(channels is None for channels in extra):
-        return latents
-    return np.concatenate([latents, np.stack([c for c in extra if c is not None])], axis=1)

@@ -161,11 +161,11 @@ class Developer:
         now = time.monotonic()
         undecoded = [sample for sample in samples if sample.job.request.output_format == "latent"]
         for sample in undecoded:
-            self._deliver(sample, pictures.encode_latents(sample.latents), now)
+            self._deliver(sample, pictures.encode_latents(sample.result()), now)
         samples = [sample for sample in samples if sample not in undecoded]
         if not samples:
             return
-        decoded = self._vae.decode(np.stack([sample.latents for sample in samples]))
+        decoded = self._vae.decode(np.stack([sample.result() for sample in samples]))
         for sample, pixels in zip(samples, decoded, strict=True):
             job = sample.job
             if not np.isfinite(pixels).all():

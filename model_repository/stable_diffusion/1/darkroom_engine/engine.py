@@ -3,8 +3,11 @@
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from darkroom_engine import journal, metrics
 from darkroom_engine.batch import StepBatch
@@ -46,6 +49,15 @@ def _always() -> bool:
 
 def _do_nothing() -> None:
     pass
+
+
+class _Step(NamedTuple):
+    """A step that may still be computed."""
+
+    batch: StepBatch
+    begun_at: float
+    is_steady: bool
+    """Whether no network failed meanwhile: then its time is a measure."""
 
 
 class Engine:
@@ -110,7 +122,15 @@ class Engine:
             manifest.text, manifest.directory, self._networks, config.prompt_cache_bytes
         )
         self._denoiser = Denoiser(manifest, self._networks)
-        self._maker = SampleMaker(manifest, samplers, self._prompts, self._denoiser, record)
+        self._arrays = self._networks.arrays
+        self._maker = SampleMaker(
+            manifest,
+            samplers,
+            self._prompts,
+            self._denoiser,
+            arrays=self._arrays,
+            record=record,
+        )
         self._default_shape = self._maker.shape_of(
             self.limits.default_width, self.limits.default_height
         )
@@ -135,9 +155,13 @@ class Engine:
             on_progress=self._wake,
             rest=rest,
         )
-        self._reporter = Reporter(manifest, lambda n: record(metrics.DROPPED_EVENTS, n))
+        self._reporter = Reporter(
+            manifest, self._arrays, lambda n: record(metrics.DROPPED_EVENTS, n)
+        )
         self._watcher = Watcher()
         self._num_steps = 0
+        self._under_way: deque[_Step] = deque()
+        self._last_step_ended_at = 0.0
         self._is_closing = False
         self._start_error: EngineError | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -262,11 +286,19 @@ class Engine:
         started = [sample for sample in samples if sample.is_started or self._start(sample)]
         if started:
             self._step(started)
+        # While a device computes a step, the next is prepared, and no further one: whoever comes
+        # now is to join the one after.
+        num_ended = len(self._under_way) - (self._arrays.max_steps_ahead if started else 0)
+        ended = list(self._under_way)[: max(0, num_ended)]
+        finished = [sample for step in ended for sample in self._end_step(step)]
         with self._changed:
             self._scheduler.remove(s for s in samples if s.job.is_over or s.is_finished)
             self._report_positions()
             self._record_load()
-        self._developer.submit([s for s in started if s.is_finished and not s.job.is_over])
+        # Not before: whatever goes wrong, somebody answers for every sample.
+        for _ in ended:
+            self._under_way.popleft()
+        self._developer.submit(finished)
 
     def _run(self) -> None:
         try:
@@ -300,6 +332,8 @@ class Engine:
 
     @property
     def _can_turn(self) -> bool:
+        if self._under_way:
+            return True
         # More steps would only make the heap of undecoded pictures larger, which counts nowhere.
         return self._scheduler.has_work and self._developer.backlog < self._max_batch_size
 
@@ -324,28 +358,39 @@ class Engine:
         return True
 
     def _step(self, samples: list[Sample]) -> None:
-        """One UNet call; a failure ends the jobs of the rows it hit and of no others."""
-        batch = StepBatch(samples)
+        """Begin a step; a failure ends the jobs of the rows it hit and of no others."""
+        batch = StepBatch(samples, self._arrays)
         with self._changed:
             self._num_steps += 1
         num_failures = self._networks.num_failures
-        start = time.monotonic()
+        begun_at = time.monotonic()
         try:
-            outputs = self._denoiser.predict(batch)
+            batch.apply(self._denoiser.predict(batch))
         except EngineError as error:
             for sample in samples:
                 sample.job.fail(error)
             return
-        for sample, failure in batch.apply(outputs):
+        is_steady = self._networks.num_failures == num_failures
+        self._under_way.append(_Step(batch, begun_at, is_steady))
+
+    def _end_step(self, step: "_Step") -> list[Sample]:
+        """Wait for a step, and tell of it; returns the samples that it has finished."""
+        batch = step.batch
+        for sample, failure in batch.failures():
             sample.job.fail(failure)
-        seconds = time.monotonic() - start
+        now = time.monotonic()
+        seconds = now - max(step.begun_at, self._last_step_ended_at)
+        self._last_step_ended_at = now
         # Who failed has been answered, and hears nothing after that.
-        self._reporter.stepped([sample for sample in samples if not sample.job.is_over])
-        if self._networks.num_failures == num_failures:
-            self._pace.record_step(samples[0].latent_shape, batch.num_rows, seconds)
+        made = [progress for progress in batch.made if not progress.sample.job.is_over]
+        self._reporter.stepped(made)
+        if step.is_steady:
+            shape = batch.samples[0].latent_shape
+            self._pace.record_step(shape, batch.num_rows, seconds)
         self._record(metrics.STEP_SECONDS, seconds, metrics.rows_label(batch.num_rows))
         self._record(metrics.BATCH_ROWS, batch.num_rows)
-        self._record(metrics.BATCH_PICTURES, len(samples))
+        self._record(metrics.BATCH_PICTURES, len(batch.samples))
+        return [it.sample for it in made if it.step == it.sample.table.num_steps]
 
     def _ordered(self, reply: Reply, listener: Listener | None) -> Reply:
         """The reply as it must be called, for a listener to hear of the end after all else."""
@@ -376,6 +421,9 @@ class Engine:
         with self._changed:
             samples = self._scheduler.samples()
             self._scheduler.remove(samples)
+        # Those that have made their last step are not the scheduler's any more.
+        samples += [sample for step in self._under_way for sample in step.batch.samples]
+        self._under_way.clear()
         for sample in samples:
             sample.job.fail(error)
 
@@ -400,14 +448,23 @@ class Engine:
             is_given_up=lambda: self._is_closing,
         )
         for num_rows in range(1, config.warmup_rows + 1):
-            denoiser.predict_blank(num_rows, shape)
-            # The first call of a size may cost more than those after it.
-            start = time.monotonic()
-            denoiser.predict_blank(num_rows, shape)
-            self._pace.record_step(shape, num_rows, time.monotonic() - start)
+            self._warm_up_step(num_rows, shape)
         if config.max_rows is None:
             self._num_rows_at_default_size = rows_that_fit(
                 lambda num_rows: denoiser.predict_blank(num_rows, self._default_shape),
                 self._max_batch_size,
+                self._networks.available_bytes,
             )
         self._record(metrics.MAX_ROWS, self._num_rows_at_default_size)
+        prepared = {min(n, self._num_rows_at_default_size) for n in self._networks.prepared_rows}
+        for num_rows in sorted(prepared):
+            self._warm_up_step(num_rows, self._default_shape)
+        if prepared:
+            self._vae.decode(np.zeros((1, *self._default_shape), np.float32))
+
+    def _warm_up_step(self, num_rows: int, shape: Shape) -> None:
+        self._denoiser.predict_blank(num_rows, shape)
+        # The first call of a size may cost more than those after it.
+        start = time.monotonic()
+        self._denoiser.predict_blank(num_rows, shape)
+        self._pace.record_step(shape, num_rows, time.monotonic() - start)

@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 3
+FORMAT = 4
+BACKENDS = ("python", "onnxruntime", "tensorrt", "torch")
+NATIVE_BACKENDS = ("onnxruntime", "tensorrt")
+"""Those of Triton itself; others are programs of ours, that fill in what a call leaves out."""
 VAE_DECODER = "vae_decoder"
 VAE_ENCODER = "vae_encoder"
 
@@ -23,6 +26,8 @@ class ManifestError(Exception):
 class NetworkRecord:
     """One exported network."""
 
+    backend: str
+    """What runs it."""
     files: Mapping[str, str]
     """SHA-256 by path, relative to the repository."""
     outputs: list[str]
@@ -134,6 +139,7 @@ class Manifest:
                 sha256=hashlib.sha256(raw).hexdigest(),
                 networks={
                     name: NetworkRecord(
+                        backend=record["backend"],
                         files=record["files"],
                         outputs=list(record["outputs"]),
                         max_batch_size=record["max_batch_size"],
@@ -183,6 +189,11 @@ class Manifest:
             if name not in self.networks:
                 raise ManifestError(f"{name}: named, but not among the networks")
         for name, network in self.networks.items():
+            if network.backend not in BACKENDS:
+                raise ManifestError(
+                    f"{name}: backend {network.backend!r} is not known to this engine, but "
+                    f"{', '.join(BACKENDS)} are"
+                )
             # Written so that an error that is not a number counts as unverified too.
             if not network.error <= network.tolerance:
                 raise ManifestError(

@@ -8,19 +8,33 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from darkroom_engine.arrays import HOST, Array, Arrays
 from darkroom_engine.errors import NetworkFailed, NotYetAllowed
-
-Array = NDArray[Any]
+from darkroom_engine.memory import available_bytes
 
 Shape = tuple[int, int, int]
 """(C, h, w) of latents."""
 
-Conditioning = dict[str, NDArray[np.float32]]
+Conditioning = dict[str, Array]
 """What the denoiser is told besides the sample and the timestep, one row, by input name."""
 
 
 class Networks(Protocol):
     """The networks of a checkpoint, by name. Any thread may call, while others are in a call."""
+
+    @property
+    def arrays(self) -> Arrays:
+        """What the denoiser and the ControlNets take and give; all other networks speak numpy."""
+
+    @property
+    def prepared_rows(self) -> Sequence[int]:
+        """Batch sizes of the denoiser to be called once before the service begins.
+
+        Their first call at a size of picture takes much longer than later ones.
+        """
+
+    def available_bytes(self) -> int:
+        """Memory that networks could take now, where they run."""
 
     def wait_until_ready(
         self, networks: Sequence[str], timeout_s: float, is_given_up: Callable[[], bool]
@@ -30,10 +44,11 @@ class Networks(Protocol):
         `is_given_up` is asked again and again, and ends the waiting at once.
         """
 
-    def run(
-        self, network: str, inputs: Mapping[str, Array], outputs: Sequence[str]
-    ) -> list[NDArray[np.float32]]:
-        """The outputs of a call.
+    def run(self, network: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
+        """The outputs of a call, float32.
+
+        They are numpy's if all inputs are. Else they lie on the device, perhaps still being
+        computed.
 
         Args:
             inputs: by name, each of B rows: (B, ...), or (B,) where a row is one number.
@@ -44,7 +59,35 @@ class Networks(Protocol):
         """
 
 
-class TritonNetworks:
+class WrappedNetworks:
+    """What those who stand before other networks leave as it is."""
+
+    def __init__(self, networks: Networks) -> None:
+        self._networks = networks
+
+    @property
+    def arrays(self) -> Arrays:
+        return self._networks.arrays
+
+    @property
+    def prepared_rows(self) -> Sequence[int]:
+        return self._networks.prepared_rows
+
+    def available_bytes(self) -> int:
+        return self._networks.available_bytes()
+
+
+class HostNetworks:
+    """What is the same for all networks that are called with numpy's arrays."""
+
+    arrays: Arrays = HOST
+    prepared_rows: Sequence[int] = ()
+
+    def available_bytes(self) -> int:
+        return available_bytes()
+
+
+class TritonNetworks(HostNetworks):
     """Networks that are Triton models of any backend, called by BLS from the model `caller`."""
 
     def __init__(self, pb_utils: ModuleType, caller: str, prefix: str = "") -> None:
@@ -65,9 +108,7 @@ class TritonNetworks:
                     raise NetworkFailed(model, f"not ready within {timeout_s:g} s")
                 time.sleep(0.05)
 
-    def run(
-        self, network: str, inputs: Mapping[str, Array], outputs: Sequence[str]
-    ) -> list[NDArray[np.float32]]:
+    def run(self, network: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         pb_utils = self._pb_utils
         request = pb_utils.InferenceRequest(
             model_name=self._prefix + network,
@@ -90,7 +131,7 @@ class TritonNetworks:
             return False
 
 
-def _for_triton(array: Array) -> Array:
+def _for_triton(array: NDArray[Any]) -> NDArray[Any]:
     # Triton counts the batch apart from a tensor's own dimensions, of which there is one at least.
     return np.ascontiguousarray(array[:, None] if array.ndim == 1 else array)
 

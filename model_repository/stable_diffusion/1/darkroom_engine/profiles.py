@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-import numpy as np
-from numpy.typing import NDArray
-
+from darkroom_engine.arrays import Array
 from darkroom_engine.errors import NetworkFailed
 from darkroom_engine.manifest import VAE_DECODER, Manifest
 from darkroom_engine.model_control import ModelControl
-from darkroom_engine.networks import Array, Networks
+from darkroom_engine.networks import Networks, WrappedNetworks
 
 LOOK_S = 0.05
 """From one look to the next of somebody who waits until others are idle."""
@@ -91,7 +89,7 @@ class _Waiter:
     since: float
 
 
-class TransientNetworks:
+class TransientNetworks(WrappedNetworks):
     """Any `Networks`, each of them loaded only while the profile has it so.
 
     One change at a time: whoever needs a network that is not there makes room, loads it, and calls
@@ -101,7 +99,7 @@ class TransientNetworks:
     """
 
     def __init__(self, networks: Networks, control: ModelControl, residence: Residence) -> None:
-        self._networks = networks
+        super().__init__(networks)
         self._control = control
         self._residence = residence
         self._changed = threading.Condition()
@@ -128,9 +126,7 @@ class TransientNetworks:
                 self._control.unload(network)
         self._thread.start()
 
-    def run(
-        self, network: str, inputs: Mapping[str, Array], outputs: Sequence[str]
-    ) -> list[NDArray[np.float32]]:
+    def run(self, network: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         with self._loaded(network) as guest:
             if guest.has_failed:
                 # Somebody else may have unloaded it; if nobody has, this does nothing.

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from darkroom_engine.arrays import Array
 from darkroom_engine.errors import NetworkFailed
 from darkroom_engine.manifest import ManifestError
-from darkroom_engine.networks import Array, Conditioning, Networks
+from darkroom_engine.networks import Conditioning, Networks
 from darkroom_engine.text_encoder import NAMES, TextEncoder
 from darkroom_engine.tokenizer import Tokens
 from darkroom_engine.weighting import parse_weights
@@ -308,4 +309,5 @@ def _told(num_cut: Mapping[str, int]) -> str:
 
 def _num_bytes(key: _Key, conditioning: Conditioning) -> int:
     text = key.text or ""
-    return len(text.encode()) + sum(array.nbytes for array in conditioning.values())
+    num_bytes: int = sum(array.nbytes for array in conditioning.values())
+    return len(text.encode()) + num_bytes

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darkroom_engine import pictures
+from darkroom_engine.arrays import Arrays
+from darkroom_engine.batch import Progress
 from darkroom_engine.errors import EngineError
 from darkroom_engine.job import JobResult, Listener, Reply
 from darkroom_engine.manifest import Manifest
-from darkroom_engine.sample import Sample
 from darkroom_engine.solver import predicted_x0
 
 MAX_BACKLOG = 1024
@@ -31,8 +32,8 @@ logger = logging.getLogger(__name__)
 class _Event:
     listener: Listener
     fields: dict[str, Any]
-    latents: NDArray[np.float32] | None = None
-    """The x_0 to be shown, (C, H, W)."""
+    latents: Callable[[], NDArray[np.float32]] | None = None
+    """Waits for the x_0 to be shown, (C, h, w)."""
 
 
 class Reporter:
@@ -41,8 +42,9 @@ class Reporter:
     The answer takes the same way, and therefore comes last. Whoever reports never waits.
     """
 
-    def __init__(self, manifest: Manifest, on_drop: Callable[[int], None]) -> None:
+    def __init__(self, manifest: Manifest, arrays: Arrays, on_drop: Callable[[int], None]) -> None:
         self._manifest = manifest
+        self._arrays = arrays
         self._on_drop = on_drop
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
@@ -60,28 +62,29 @@ class Reporter:
         event = _Event(listener, {"type": "queued", "position": position})
         self._queue.put(lambda: self._tell([event]))
 
-    def stepped(self, samples: Sequence[Sample]) -> None:
-        """Report the step that these samples have just made."""
+    def stepped(self, made: Sequence[Progress]) -> None:
+        """Report the steps that samples have just made."""
         events = []
-        for sample in samples:
+        for sample, step, state in made:
             listener = sample.job.listener
             if listener is None:
                 continue
             progress = {
                 "index": sample.index,
-                "step": sample.step,
+                "step": step,
                 "num_steps": sample.table.num_steps,
             }
             events.append(_Event(listener, {"type": "step", **progress}))
             interval = listener.preview_interval
             # The last step's picture is the picture.
-            if not interval or sample.step % interval or sample.is_finished:
+            if not interval or step % interval or step == sample.table.num_steps:
                 continue
             if self._queue.qsize() > MAX_PREVIEW_BACKLOG:
                 self._on_drop(1)
             else:
-                latents = predicted_x0(sample.state, sample.table, sample.step - 1)
-                events.append(_Event(listener, {"type": "preview", **progress}, latents))
+                latents = predicted_x0(state, sample.table, step - 1)
+                shown = self._arrays.fetch(latents)
+                events.append(_Event(listener, {"type": "preview", **progress}, shown))
         if not events:
             return
         if self._queue.qsize() > MAX_BACKLOG:
@@ -102,7 +105,7 @@ class Reporter:
         if event.latents is None:
             return None
         manifest = self._manifest
-        return pictures.preview(event.latents, manifest.preview_matrix, manifest.preview_bias)
+        return pictures.preview(event.latents(), manifest.preview_matrix, manifest.preview_bias)
 
     def _run(self) -> None:
         while (tell := self._queue.get()) is not None:

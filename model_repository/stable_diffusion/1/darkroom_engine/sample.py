@@ -1,10 +1,12 @@
 """One picture in the making."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from darkroom_engine.arrays import Array, Arrays
 from darkroom_engine.canvas import Canvas
 from darkroom_engine.job import Job
 from darkroom_engine.networks import Conditioning, Shape
@@ -37,23 +39,26 @@ class Sample:
     is_started: bool = False
     """Whether the engine has set the rest, which it does before the first step."""
     noise: GaussianNoise = field(init=False)
-    state: NDArray[np.float32] = field(init=False)
+    state: Array = field(init=False)
+    """(NUM_TERMS, C, h, w); this and what follows lie where the batch does."""
     conditional: Conditioning = field(init=False)
     unconditional: Conditioning = field(init=False)
-    extra_channels: NDArray[np.float32] | None = None
+    result: Callable[[], NDArray[np.float32]] = field(init=False)
+    """Set with the last step: waits for the latents, (C, h, w), on the host."""
+    extra_channels: Array | None = None
     """(C', h, w) that the denoiser takes after the latents: a mask, and what it leaves."""
     kept: "KeptParts | None" = None
     """What of the starting picture is to stay as it is."""
-    control_images: tuple[NDArray[np.float32], ...] = ()
+    control_images: tuple[Array, ...] = ()
     """(3, H, W) for each ControlNet of the request."""
     lora_scale: NDArray[np.float32] | None = None
-    """(K,) of all adapters; None if it uses none."""
+    """(K,) of all adapters, on the host; None if it uses none."""
 
     @property
     def latent_shape(self) -> Shape:
         return self.group.shape
 
-    def begin(self, canvas: Canvas) -> None:
+    def begin(self, canvas: Canvas, arrays: Arrays) -> None:
         """Draw its noise, and set what it starts with.
 
         The order of the draws is that of diffusers' pipelines, so that a seed means the same
@@ -61,12 +66,16 @@ class Sample:
         encoder gives a distribution, then for the noise on them, then for those of the picture
         without what is to be made.
         """
-        request, table = self.job.request, self.table
         self.noise = GaussianNoise(self.seed)
+        self.state = arrays.from_host(self._begin(canvas, arrays))
+        self.control_images = tuple(map(arrays.from_host, canvas.controls))
+
+    def _begin(self, canvas: Canvas, arrays: Arrays) -> NDArray[np.float32]:
+        """The state, on the host, before the first step."""
+        request, table = self.job.request, self.table
         start = request.start
         if start is None or canvas.image is None:
-            self.state = initial_state(self._draw(), table)
-            return
+            return initial_state(self._draw(), table)
         # What was left half done goes on as it is.
         adds_noise = request.denoising_start is None
         is_noise_alone = canvas.mask is not None and start.strength == 1 and adds_noise
@@ -75,22 +84,23 @@ class Sample:
             image = self._drawn(canvas.image)
         if adds_noise or canvas.mask is not None:
             noise = self._draw()
-        self.state = initial_state(noise, table)
+        state = initial_state(noise, table)
         if not adds_noise:
-            self.state[SAMPLE] = image
+            state[SAMPLE] = image
         elif not is_noise_alone:
             alpha, sigma = table.levels[0].astype(np.float32)
-            self.state[SAMPLE] = alpha * image + sigma * noise
+            state[SAMPLE] = alpha * image + sigma * noise
         if canvas.mask is None:
-            return
+            return state
         if isinstance(canvas.image, Posterior):
             # diffusers draws these in any case.
             masked_noise = self._draw()
             if canvas.masked is not None:
                 masked = canvas.masked.draw(masked_noise)
-                self.extra_channels = np.concatenate([canvas.mask, masked])
-                return
-        self.kept = KeptParts(canvas.mask, image, noise)
+                self.extra_channels = arrays.from_host(np.concatenate([canvas.mask, masked]))
+                return state
+        self.kept = KeptParts(*map(arrays.from_host, (canvas.mask, image, noise)))
+        return state
 
     @property
     def seed(self) -> int:
@@ -133,10 +143,9 @@ class Sample:
         return self.step == self.table.num_steps
 
     @property
-    def latents(self) -> NDArray[np.float32]:
-        """The current x_t, (C, H / 8, W / 8)."""
-        latents: NDArray[np.float32] = self.state[SAMPLE]
-        return latents
+    def latents(self) -> Array:
+        """The current x_t, (C, h, w)."""
+        return self.state[SAMPLE]
 
     def _draw(self) -> NDArray[np.float32]:
         return self.noise.draw(self.latent_shape)
@@ -149,10 +158,10 @@ class Sample:
 class KeptParts:
     """The parts of a picture that inpainting leaves alone, at any noise level."""
 
-    mask: NDArray[np.float32]
+    mask: Array
     """(1, h, w), 1 where there is something to be made."""
-    latents: NDArray[np.float32]
-    noise: NDArray[np.float32]
+    latents: Array
+    noise: Array
 
     def put_back(self, sample: Sample) -> None:
         """Into the sample after a step, as noisy as the sample is at the next one.
@@ -160,5 +169,5 @@ class KeptParts:
         diffusers' inpainting of checkpoints that were not trained for it.
         """
         alpha, sigma = (1.0, 0.0) if sample.is_finished else sample.table.levels[sample.step]
-        noisy = np.float32(alpha) * self.latents + np.float32(sigma) * self.noise
+        noisy = float(alpha) * self.latents + float(sigma) * self.noise
         sample.state[SAMPLE] = (1 - self.mask) * noisy + self.mask * sample.state[SAMPLE]

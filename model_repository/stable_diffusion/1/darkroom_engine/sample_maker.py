@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darkroom_engine import metrics
+from darkroom_engine.arrays import Arrays
 from darkroom_engine.canvas import Canvas
 from darkroom_engine.denoiser import Denoiser
 from darkroom_engine.errors import InvalidRequest
@@ -28,12 +29,15 @@ class SampleMaker:
         samplers: Samplers,
         prompts: PromptEncoder,
         denoiser: Denoiser,
+        *,
+        arrays: Arrays,
         record: Record,
     ) -> None:
         self._manifest = manifest
         self._samplers = samplers
         self._prompts = prompts
         self._denoiser = denoiser
+        self._arrays = arrays
         self._record = record
 
     def shape_of(self, width: int, height: int) -> Shape:
@@ -89,24 +93,29 @@ class SampleMaker:
             NetworkFailed: a text encoder failed.
         """
         self._condition(sample)
-        sample.begin(canvas)
-        sample.control_images = canvas.controls
+        sample.begin(canvas, self._arrays)
         sample.lora_scale = self._lora_scale(sample.job.request)
         sample.is_started = True
 
     def _condition(self, sample: Sample) -> None:
         request = sample.job.request
         multiples, replaced = request.max_embeddings_multiples, self._replaced(request)
-        sample.conditional = {
+        conditional = {
             **self._encode(request.prompt, request.clip_skip, multiples, replaced),
             **self._denoiser.sizes(request, is_negative=False),
         }
+        sample.conditional = self._moved(conditional)
         if sample.guided_steps:
-            sample.unconditional = {
+            unconditional = {
                 # As in diffusers, whose clip_skip is the prompt's alone.
                 **self._encode(request.negative_prompt, 0, multiples, replaced),
                 **self._denoiser.sizes(request, is_negative=True),
             }
+            sample.unconditional = self._moved(unconditional)
+
+    def _moved(self, conditioning: Conditioning) -> Conditioning:
+        """To where the batch is."""
+        return {name: self._arrays.from_host(row) for name, row in conditioning.items()}
 
     def _lora_scale(self, request: ImageRequest) -> NDArray[np.float32] | None:
         """(K,) of all adapters, None where all would be 0."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
+from darkroom_engine.arrays import Array
 from darkroom_engine.schedule import Floats, NoiseLevels
 
 # The stack: x_t, the corrected sample of the step before, the last predictions, newest first, and
@@ -98,24 +99,41 @@ def advance(
     Returns:
         `states`, holding the next stacks.
     """
+    advance_by(states, outputs, *step_weights(tables, steps, states.dtype))
+    return states
+
+
+def step_weights(
+    tables: Sequence[SolverTable], steps: Sequence[int], dtype: DTypeLike
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """What step `steps[n]` of `tables[n]` multiplies by, for every n of N samples.
+
+    Returns:
+        (N, 2, 1, 1, 1), the weights of (x_t, output) in the prediction, and (N, 2, NUM_TERMS),
+        those of the stack in the corrected x_t and in the next sample.
+    """
     rows = list(zip(tables, steps, strict=True))
-    convert = np.array([table.convert[step] for table, step in rows], states.dtype)
-    convert = convert[:, :, None, None, None]
+    convert = np.array([table.convert[step] for table, step in rows], dtype)
+    weights = [(table.correct[step], table.advance[step]) for table, step in rows]
+    return convert[:, :, None, None, None], np.array(weights, dtype)
+
+
+def advance_by(states: Array, outputs: Array, convert: Array, weights: Array) -> Array:
+    """As `advance`, with the `step_weights`; all of them may lie on a device."""
     states[:, PREDICTION] = convert[:, 0] * states[:, SAMPLE] + convert[:, 1] * outputs
 
     # One small product per row, each of the same size whatever the batch: were it one product over
     # all rows, a row's sum could be taken in another order when its neighbours change.
-    weights = np.array([(table.correct[step], table.advance[step]) for table, step in rows])
-    stacks = states.reshape(len(states), NUM_TERMS, -1)
-    corrected, following = np.moveaxis(np.matmul(weights.astype(states.dtype), stacks), 1, 0)
+    following = weights @ states.reshape(len(states), NUM_TERMS, -1)
 
-    states[:, PREDICTION + 1 : NOISE] = states[:, PREDICTION : NOISE - 1].copy()
-    states[:, LAST] = corrected.reshape(outputs.shape)
-    states[:, SAMPLE] = following.reshape(outputs.shape)
+    for term in range(NOISE - 1, PREDICTION, -1):
+        states[:, term] = states[:, term - 1]
+    states[:, LAST] = following[:, 0].reshape(outputs.shape)
+    states[:, SAMPLE] = following[:, 1].reshape(outputs.shape)
     return states
 
 
-def predicted_x0(state: NDArray[Any], table: SolverTable, step: int) -> NDArray[Any]:
+def predicted_x0(state: Array, table: SolverTable, step: int) -> Array:
     """The x_0 that the UNet predicted at `step`, counted from 0, for a preview.
 
     A solver that works with noise says what x_0 that noise leaves of the corrected x_t, the UNet
@@ -127,9 +145,8 @@ def predicted_x0(state: NDArray[Any], table: SolverTable, step: int) -> NDArray[
     Returns:
         (C, H, W), a copy.
     """
-    last, newest = table.preview[step].astype(state.dtype)
-    x0: NDArray[Any] = last * state[LAST] + newest * state[PREDICTION + 1]
-    return x0
+    last, newest = table.preview[step].tolist()
+    return last * state[LAST] + newest * state[PREDICTION + 1]
 
 
 def uncorrected(num_steps: int) -> Floats:

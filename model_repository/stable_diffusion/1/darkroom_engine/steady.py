@@ -4,18 +4,16 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
+from darkroom_engine.arrays import Array
 from darkroom_engine.errors import NetworkFailed, NotYetAllowed
-from darkroom_engine.networks import Array, Networks
+from darkroom_engine.networks import Networks, WrappedNetworks
 
 RETRY_S = 0.1
 
 logger = logging.getLogger(__name__)
 
 
-class SteadyNetworks:
+class SteadyNetworks(WrappedNetworks):
     """Any `Networks`, and patient: a call that failed is made once more.
 
     In between, the network's first call is tried until it is answered, because a process that died
@@ -32,7 +30,7 @@ class SteadyNetworks:
             heal_timeout_s: how long a call waits for a network that is away.
             on_failure: called with the name of a network whose call failed.
         """
-        self._networks = networks
+        super().__init__(networks)
         self._heal_timeout_s = heal_timeout_s
         self._on_failure = on_failure
         self._is_given_up: Callable[[], bool] = lambda: False
@@ -50,7 +48,7 @@ class SteadyNetworks:
 
     def first_run(
         self, network: str, inputs: Mapping[str, Array], outputs: Sequence[str], timeout_s: float
-    ) -> list[NDArray[np.float32]]:
+    ) -> list[Array]:
         """The first call of a network, a small one, by which it will be tried later.
 
         Raises:
@@ -66,9 +64,7 @@ class SteadyNetworks:
                     raise
                 time.sleep(RETRY_S)
 
-    def run(
-        self, network: str, inputs: Mapping[str, Array], outputs: Sequence[str]
-    ) -> list[NDArray[np.float32]]:
+    def run(self, network: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> list[Array]:
         try:
             return self._networks.run(network, inputs, outputs)
         except NetworkFailed as error:

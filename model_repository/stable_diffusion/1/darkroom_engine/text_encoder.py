@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from darkroom_engine.arrays import Array
 from darkroom_engine.errors import NetworkFailed
 from darkroom_engine.manifest import ManifestError
-from darkroom_engine.networks import Array, Networks
+from darkroom_engine.networks import Networks
 from darkroom_engine.tokenizer import PromptTokenizer
 
 CLIP = "clip"

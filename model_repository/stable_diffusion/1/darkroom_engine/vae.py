@@ -94,7 +94,10 @@ class Vae:
         return run_tiled(run, whole, self.scale_factor, self._tile, self._overlap)
 
     def _decode(self, latents: Array) -> Array:
-        return self._networks.run(VAE_DECODER, {"latent_sample": latents}, ["sample"])[0]
+        made: Array = self._networks.run(VAE_DECODER, {"latent_sample": latents}, ["sample"])[0]
+        return made
 
     def _encode(self, pixels: Array) -> Array:
-        return self._networks.run(VAE_ENCODER, {"sample": pixels}, ["latent_parameters"])[0]
+        inputs = {"sample": pixels}
+        made: Array = self._networks.run(VAE_ENCODER, inputs, ["latent_parameters"])[0]
+        return made
