@@ -5,6 +5,7 @@ python benchmarks/full_size.py sd15 FOLDER [--precision fp16] [--profile low]
 # ruff: noqa: T201  a command prints
 
 import argparse
+import json
 import resource
 import shutil
 import subprocess
@@ -44,7 +45,7 @@ def main() -> int:
     stages = {"random weights": made, "export": exported, **stages}
     rows = [(name, f"{it['seconds']:.1f}", f"{it['peak_mb']:.0f}") for name, it in stages.items()]
     print(f"\n{table(('stage', 'seconds', 'peak MB'), rows)}")
-    output = options.output or RESULTS / f"full-size-{options.architecture}.json"
+    output = options.output or RESULTS / f"full-size-{repository.name}.json"
     setting = ("architecture", "precision", "profile", "size", "steps")
     write_result(
         output,
@@ -52,6 +53,7 @@ def main() -> int:
             "benchmark": "full_size",
             "environment": environment,
             **{name: getattr(options, name) for name in setting},
+            "errors": _errors(repository),
             "stages": stages,
         },
     )
@@ -79,6 +81,12 @@ def _run(*arguments: str) -> dict[str, float]:
     # Of the largest child so far, which is the later one: an export takes more than its weights.
     peak_kb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {"seconds": round(seconds, 1), "peak_mb": round(peak_kb / 1024, 1)}
+
+
+def _errors(repository: Path) -> dict[str, float]:
+    """How far each exported network was from PyTorch in float32, of its output's range."""
+    networks = json.loads((repository / "manifest.json").read_text())["networks"]
+    return {name: record["verification"]["error"] for name, record in networks.items()}
 
 
 def _serve(
