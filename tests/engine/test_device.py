@@ -107,6 +107,21 @@ def test_what_is_under_way_when_the_engine_closes_is_answered(
     assert all(error is None or "stopping" in str(error) for error in errors)
 
 
+def test_a_device_that_fails_while_it_computes_fails_the_step(
+    harness: Harness, device: DeviceNetworks
+) -> None:
+    hold(harness, device)
+    future = harness.ask(**LONG)
+    assert device.arrays.is_waited_for.wait(WAIT_S)
+    device.arrays.fails = NetworkFailed("device", "lost")
+    device.arrays.gate.set()
+
+    with pytest.raises(NetworkFailed, match="lost"):
+        future.result(WAIT_S)
+    device.arrays.fails = None
+    assert harness.picture()
+
+
 def test_a_surprise_fails_what_is_under_way_too(
     harness: Harness, device: DeviceNetworks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

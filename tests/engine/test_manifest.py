@@ -89,7 +89,7 @@ def test_a_network_that_something_unknown_runs_is_refused_by_name(
 
     with pytest.raises(
         ManifestError,
-        match="unet: backend 'openvino' is not known .* python, onnxruntime, tensorrt, torch are",
+        match=r"unet: backend .openvino. is not known .* python, onnxruntime, tensorrt, torch are",
     ):
         Manifest.load(path)
 

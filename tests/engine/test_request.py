@@ -338,3 +338,17 @@ def test_a_mode_that_the_checkpoint_has_not_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequest, match=f"^{message}"):
         ImageRequest.parse({"prompt": b"", **fields}, replace(LIMITS, modes=modes))
+
+
+def test_sides_have_to_go_together_where_engines_were_built_for_them() -> None:
+    limits = replace(LIMITS, sizes=[[[512, 768], [512, 512]], [[512, 512], [512, 768]]])
+
+    tall = ImageRequest.parse({"prompt": b"a cat", "height": 768, "width": 512}, limits)
+    with pytest.raises(InvalidRequest) as refusal:
+        ImageRequest.parse({"prompt": b"a cat", "height": 768, "width": 768}, limits)
+
+    assert (tall.height, tall.width) == (768, 512)
+    assert str(refusal.value) == (
+        "width: 768 with a height of 768, allowed are 512 to 512 with a height of 512 to 768 or "
+        "512 to 768 with a height of 512 to 512"
+    )

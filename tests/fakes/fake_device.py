@@ -64,6 +64,8 @@ class DeviceArrays:
         self.gate = threading.Event()
         self.gate.set()
         self.is_waited_for = threading.Event()
+        self.fails: Exception | None = None
+        """What waiting for it raises."""
 
     def from_host(self, array: np.ndarray) -> DeviceArray:
         return DeviceArray(np.array(array))
@@ -77,6 +79,8 @@ class DeviceArrays:
         def wait() -> np.ndarray:
             self.is_waited_for.set()
             self.gate.wait()
+            if self.fails:
+                raise self.fails
             return values
 
         return wait

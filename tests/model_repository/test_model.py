@@ -526,3 +526,72 @@ def test_a_missing_manifest_stops_the_start(
 
     with pytest.raises(Exception, match=r"manifest\.json is missing: this is no exported"):
         module.TritonPythonModel().initialize(arguments())
+
+
+# Networks of PyTorch's.
+
+
+@pytest.fixture
+def programs(served: Path) -> Path:
+    """The repository with programs of the same formulas, which its manifest says are PyTorch's."""
+    pytest.importorskip("torch")
+    from torch_formulas import write_formulas
+
+    write_formulas(served)
+    path = served / "manifest.json"
+    document = json.loads(path.read_text())
+    for record in document["networks"].values():
+        record["backend"] = "torch"
+    path.write_text(json.dumps(document))
+    return served
+
+
+@pytest.mark.torch
+def test_networks_of_pytorch_run_in_this_process(
+    programs: Path, make_face: Callable[..., Face], server: pb_utils.Server
+) -> None:
+    # None of them is a model of Triton's.
+    server.models.clear()
+    fields = {"seed": 7, "num_inference_steps": 6}
+    harness = Harness(Manifest.load(programs / "manifest.json"), FakeNetworks(), EngineConfig())
+    harness.engine.start()
+    expected = Image.open(BytesIO(harness.picture(**fields)))
+    harness.engine.close()
+
+    encoded = arrays_of(make_face(device="cpu").ask(**fields))["image"][0]
+
+    difference = np.asarray(Image.open(BytesIO(encoded)), int) - np.asarray(expected, int)
+    assert np.abs(difference).max() <= 1
+    assert server.requests == []
+
+
+@pytest.mark.torch
+@pytest.mark.usefixtures("programs")
+def test_networks_of_pytorch_are_models_of_tritons_if_that_is_asked_for(
+    make_face: Callable[..., Face], server: pb_utils.Server
+) -> None:
+    face = make_face(in_process=0)
+
+    arrays_of(face.ask(num_inference_steps=2))
+
+    assert {request.model_name() for request in server.requests} >= {"text_encoder", "unet"}
+
+
+@pytest.mark.torch
+@pytest.mark.usefixtures("programs")
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (
+            {"memory_profile": "low"},
+            "memory_profile: 'low' is for networks that are Triton's model",
+        ),
+        ({"device": "cuda:99"}, "device: 'cuda:99' is not there, PyTorch sees"),
+        ({"in_process": 0, "device": "cpu"}, "device: cpu is for networks in the engine's process"),
+    ],
+)
+def test_a_setting_that_is_not_for_these_networks_stops_the_start(
+    make_face: Callable[..., Face], parameters: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_face(**parameters)

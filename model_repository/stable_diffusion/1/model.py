@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ from darkroom_engine import (
     Engine,
     EngineConfig,
     EngineError,
+    Fleet,
     InvalidRequest,
     JobResult,
     Manifest,
     MemoryProfile,
     MetricsSender,
+    Networks,
     Notice,
     Residence,
     TransientNetworks,
@@ -29,6 +32,7 @@ from darkroom_engine import (
     TritonNetworks,
     log_to_stderr,
 )
+from darkroom_engine.metrics import Record
 
 HTTP_URL = "DARKROOM_HTTP_URL"
 """The environment variable that says where this server's HTTP face is."""
@@ -51,23 +55,25 @@ class TritonPythonModel:
         engine_config = EngineConfig.from_parameters(parameters)
         self._metrics = MetricsSender(model)
         self._notice = Notice(model)
-        networks = TritonNetworks(pb_utils, model, prefix)
-        profile = MemoryProfile(engine_config.memory_profile)
         self._transient = None
         manners = {}
+        profile = MemoryProfile(engine_config.memory_profile)
         if profile is not MemoryProfile.FULL:
             control = TritonModelControl(os.environ.get(HTTP_URL, DEFAULT_HTTP_URL), prefix)
             networks = self._transient = TransientNetworks(
-                networks, control, Residence.of(profile, manifest)
+                _networks(manifest, engine_config, model, prefix),
+                control,
+                Residence.of(profile, manifest),
             )
             manners = {"is_change_due": networks.is_change_due, "rest": networks.rest}
-        self._engine = Engine(
-            manifest,
-            networks,
-            engine_config,
-            self._metrics.record,
-            on_warm=self._describe,
-            **manners,
+
+        def make_engine(number: int, record: Record, **told: Callable[[], None]) -> Engine:
+            # Networks that come and go are one engine's.
+            networks = self._transient or _networks(manifest, engine_config, model, prefix, number)
+            return Engine(manifest, networks, engine_config, record, **told, **manners)
+
+        self._engine = Fleet(
+            make_engine, engine_config.num_engines, self._metrics.record, on_warm=self._describe
         )
         self._door = Door(self._engine, model)
         self._is_finalized = stub.end_with_server()
@@ -124,6 +130,18 @@ class Responder:
         with self._lock:
             self._is_answered = True
             self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _networks(
+    manifest: Manifest, config: EngineConfig, model: str, prefix: str, number: int = 0
+) -> Networks:
+    """Those of engine `number` of this model: in this process, or Triton's models."""
+    if not config.is_in_process(network.backend for network in manifest.networks.values()):
+        return TritonNetworks(pb_utils, model, prefix)
+    # With it comes PyTorch, which other repositories do not need.
+    from darkroom_engine.torch_networks import TorchNetworks  # noqa: PLC0415
+
+    return TorchNetworks.on(manifest, config.torch, number)
 
 
 def _pop(parameters: dict[str, dict[str, str]], key: str, default: str) -> str:

@@ -24,6 +24,7 @@ from darkroom_engine.errors import (
     NetworkFailed,
     Overloaded,
 )
+from darkroom_engine.fleet import Fleet
 from darkroom_engine.job import Job, JobResult
 from darkroom_engine.journal import log_to_stderr
 from darkroom_engine.manifest import Manifest, ManifestError
@@ -43,6 +44,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "EngineError",
+    "Fleet",
     "ImageRequest",
     "InvalidRequest",
     "Job",

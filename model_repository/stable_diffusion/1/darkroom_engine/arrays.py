@@ -13,7 +13,8 @@ Array = Any
 class Arrays(Protocol):
     """The few operations on a batch's arrays that libraries spell differently.
 
-    A device computes while its host goes on: only `to_host` waits, and what `fetch` returns.
+    A device computes while its host goes on: only `to_host` waits, and what `fetch` returns. Both
+    raise NetworkFailed where the device has failed meanwhile.
     """
 
     max_steps_ahead: int

@@ -1,11 +1,15 @@
 """The engine's settings, read once at start from the `parameters` of its config.pbtxt."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from darkroom_engine.profiles import MemoryProfile
 from darkroom_engine.safety import SafetyMode
+from darkroom_settings import TorchSettings, read
+
+TORCH = "torch"
+"""The backend of networks that can run in the engine's process."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,16 @@ class EngineConfig:
     memory_profile: str = "full"
     """`full` keeps all networks loaded, `balanced` the denoiser and the VAE decoder, and `low`
     loads one after the other."""
+    in_process: int = 1
+    """1 runs networks that are PyTorch's in the engine's process; 0 as Triton's models, like all
+    others."""
+    num_engines: int = 1
+    """Running batches, each with networks of its own, of which each has its GPU."""
+    device: str = "auto"
+    """Of networks in the engine's process, as are the next three: see `TorchSettings`."""
+    compile: int = 0
+    cuda_graphs: int = 1
+    row_buckets: tuple[int, ...] = TorchSettings.row_buckets
 
     def __post_init__(self) -> None:
         for key, (low, high) in _RANGES.items():
@@ -52,6 +66,11 @@ class EngineConfig:
                 raise ValueError(
                     f"{key}: {getattr(self, key)!r} does not exist, there are {', '.join(choices)}"
                 )
+        if self.num_engines > 1 and self.memory_profile != MemoryProfile.FULL:
+            raise ValueError(
+                f"num_engines: {self.num_engines} engines share what is loaded, which they cannot "
+                f"with memory_profile {self.memory_profile!r}, but with {MemoryProfile.FULL}"
+            )
         if self.vae_tile_size and 2 * self.vae_tile_overlap > self.vae_tile_size:
             raise ValueError(
                 f"vae_tile_overlap: {self.vae_tile_overlap} is above half of vae_tile_size, which "
@@ -61,6 +80,35 @@ class EngineConfig:
             raise ValueError(
                 f"warmup_rows: {self.warmup_rows} is above max_rows, which is {self.max_rows}"
             )
+        # Which checks them.
+        _ = self.torch
+
+    @property
+    def torch(self) -> TorchSettings:
+        """How networks in the engine's process are run."""
+        return TorchSettings(**{name: getattr(self, name) for name in _TORCH})
+
+    def is_in_process(self, backends: Iterable[str]) -> bool:
+        """Whether networks of these backends are to run in the engine's process.
+
+        Raises:
+            ValueError: a setting is for networks that run elsewhere.
+        """
+        if self.in_process and set(backends) == {TORCH}:
+            if self.memory_profile != MemoryProfile.FULL:
+                raise ValueError(
+                    f"memory_profile: {self.memory_profile!r} is for networks that are Triton's "
+                    f"models; with in_process 1 there is {MemoryProfile.FULL}"
+                )
+            return True
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _TORCH and value != field.default:
+                raise ValueError(
+                    f"{field.name}: {value} is for networks in the engine's process; these are "
+                    "Triton's models, and have the setting in their own config.pbtxt"
+                )
+        return False
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Mapping[str, str]]) -> "EngineConfig":
@@ -77,6 +125,9 @@ class EngineConfig:
             text = entry["string_value"]
             if key in _CHOICES:
                 values[key] = text
+                continue
+            if key in _TORCH:
+                values[key] = read(key, text)
                 continue
             try:
                 values[key] = None if (key, text) == ("max_rows", "auto") else int(text)
@@ -97,5 +148,8 @@ _RANGES = {
     "prompt_cache_bytes": (0, 2**40),
     "seconds_per_priority": (0, 86_400),
     "heal_timeout_s": (0, 3600),
+    "in_process": (0, 1),
+    "num_engines": (1, 64),
 }
+_TORCH = tuple(field.name for field in fields(TorchSettings))
 _CHOICES = {"safety_checker": tuple(SafetyMode), "memory_profile": tuple(MemoryProfile)}

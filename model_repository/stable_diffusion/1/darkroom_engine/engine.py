@@ -14,9 +14,9 @@ from darkroom_engine.batch import StepBatch
 from darkroom_engine.config import EngineConfig
 from darkroom_engine.denoiser import Denoiser
 from darkroom_engine.developer import Developer
-from darkroom_engine.errors import EngineError, InvalidRequest
-from darkroom_engine.job import Job, JobResult, Listener, Reply
-from darkroom_engine.manifest import Manifest
+from darkroom_engine.errors import EngineError
+from darkroom_engine.job import Job, JobResult, Listener, Reply, cancel_only
+from darkroom_engine.manifest import VAE_DECODER, Manifest
 from darkroom_engine.memory import rows_that_fit
 from darkroom_engine.metrics import Record, record_nothing
 from darkroom_engine.networks import Networks, Shape
@@ -31,7 +31,7 @@ from darkroom_engine.safety import SafetyChecker, SafetyMode
 from darkroom_engine.sample import Sample
 from darkroom_engine.sample_maker import SampleMaker
 from darkroom_engine.samplers import Samplers
-from darkroom_engine.scheduler import Scheduler
+from darkroom_engine.scheduler import Scheduler, Work
 from darkroom_engine.steady import SteadyNetworks
 from darkroom_engine.vae import Vae
 from darkroom_engine.watcher import IsAbandoned, Watcher
@@ -77,6 +77,7 @@ class Engine:
         record: Record = record_nothing,
         *,
         on_warm: Callable[[], None] = _do_nothing,
+        on_failed: Callable[[], None] = _do_nothing,
         is_change_due: Callable[[], bool] = _always,
         rest: Callable[[], None] = _do_nothing,
     ) -> None:
@@ -85,6 +86,7 @@ class Engine:
         Args:
             record: takes what is to be counted and measured.
             on_warm: called on the engine's thread when requests begin to run.
+            on_failed: called there instead when they never will, for a network that is not there.
             is_change_due: asked whether newcomers may begin, who need other networks than those
                 that have begun; see `TransientNetworks`.
             rest: called by a thread that has nothing to do for now.
@@ -96,15 +98,15 @@ class Engine:
         self._config = config
         self._record = record
         self._on_warm = on_warm
+        self._on_failed = on_failed
         self._is_change_due = is_change_due
         self._rest = rest
         denoiser = manifest.denoiser.network
         self._max_batch_size = manifest.networks[denoiser].max_batch_size
-        if config.max_rows is not None and config.max_rows > self._max_batch_size:
-            raise ValueError(
-                f"max_rows: {config.max_rows} is above the {self._max_batch_size} that the "
-                f"{denoiser} takes"
-            )
+        for key, network in (("max_rows", denoiser), ("max_decode_rows", VAE_DECODER)):
+            chosen, most = getattr(config, key), manifest.networks[network].max_batch_size
+            if chosen is not None and chosen > most:
+                raise ValueError(f"{key}: {chosen} is above the {most} that the {network} takes")
         # Set by the warm-up if the config leaves it to us.
         self._num_rows_at_default_size = config.max_rows or 2
         samplers = Samplers.from_config(
@@ -262,14 +264,18 @@ class Engine:
         Raises:
             InvalidRequest: several requests in flight have this id, and none is cancelled.
         """
-        jobs = [job for job in self._watcher.jobs() if job.request_id == request_id]
-        if len(jobs) > 1:
-            raise InvalidRequest(
-                "request_id", f"{request_id!r} names {len(jobs)} requests, allowed is one"
-            )
-        for job in jobs:
-            job.cancel()
-        return bool(jobs)
+        return cancel_only(self.jobs, request_id)
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The requests in flight."""
+        return self._watcher.jobs()
+
+    @property
+    def work(self) -> Work:
+        """What is left to do for those requests."""
+        with self._changed:
+            return self._scheduler.work
 
     def describe(self) -> dict[str, Any]:
         """What this engine serves, see `offer`."""
@@ -376,7 +382,12 @@ class Engine:
     def _end_step(self, step: "_Step") -> list[Sample]:
         """Wait for a step, and tell of it; returns the samples that it has finished."""
         batch = step.batch
-        for sample, failure in batch.failures():
+        failures: list[tuple[Sample, EngineError]]
+        try:
+            failures = [*batch.failures()]
+        except EngineError as error:
+            failures = [(sample, error) for sample in batch.samples]
+        for sample, failure in failures:
             sample.job.fail(failure)
         now = time.monotonic()
         seconds = now - max(step.begun_at, self._last_step_ended_at)
@@ -431,6 +442,8 @@ class Engine:
         logger.error("the engine could not start: %s", error)
         with self._changed:
             self._start_error = error
+        # Before those that wait hear of it, and ask again.
+        self._on_failed()
         self._fail_all(error)
 
     def _warm_up(self) -> None:

@@ -36,6 +36,7 @@ def describe(manifest: Manifest, limits: Limits, config: EngineConfig) -> dict[s
         "name": manifest.name,
         "family": manifest.family,
         "precision": manifest.precision,
+        "backends": sorted({network.backend for network in manifest.networks.values()}),
         "engine": manifest.sha256[:12],
         **{name: list(getattr(limits, name)) for name in named},
         "limits": {**manifest.limits, "max_queue_size": config.max_queue_size},

@@ -1,7 +1,7 @@
 """What was asked for: a frozen `ImageRequest`, validated once, at the edge."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image
@@ -45,6 +45,8 @@ class Limits:
     controlnets: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()
     variants: tuple[str, ...] = ()
+    sizes: Sequence[tuple[tuple[int, int], tuple[int, int]]] = ()
+    """Heights and widths, from and to, that go together in engines built for them; () is all."""
 
 
 @dataclass(frozen=True)
@@ -262,9 +264,10 @@ def _size(read: Reader, start: Start | None, limits: Limits) -> tuple[int, int]:
     elif start is not None and start.picture is not None:
         width = _size_like(read, "width", start.picture.width, limits)
         height = _size_like(read, "height", start.picture.height, limits)
-    return _checked_size(read, "width", width, limits), _checked_size(
-        read, "height", height, limits
-    )
+    width = _checked_size(read, "width", width, limits)
+    height = _checked_size(read, "height", height, limits)
+    _check_together(width, height, limits)
+    return width, height
 
 
 def _size_like(read: Reader, name: str, pixels: int, limits: Limits) -> int:
@@ -288,6 +291,18 @@ def _checked_size(read: Reader, name: str, default: int, limits: Limits) -> int:
             f"from {limits.min_size} to {limits.max_size}",
         )
     return value
+
+
+def _check_together(width: int, height: int, limits: Limits) -> None:
+    if limits.sizes and not any(
+        low <= height <= high and left <= width <= right
+        for (low, high), (left, right) in limits.sizes
+    ):
+        allowed = " or ".join(
+            f"{left} to {right} with a height of {low} to {high}"
+            for (low, high), (left, right) in limits.sizes
+        )
+        raise InvalidRequest("width", f"{width} with a height of {height}, allowed are {allowed}")
 
 
 def _denoising_start(read: Reader, start: Start | None) -> float | None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from darkroom_engine.errors import InvalidRequest, Overloaded
 from darkroom_engine.networks import Shape
@@ -9,6 +10,15 @@ from darkroom_engine.pace import Pace
 from darkroom_engine.sample import Group, Sample
 
 Order = Callable[[Sample], float]
+
+
+class Work(NamedTuple):
+    """What is left to do for samples."""
+
+    seconds: float
+    """At the present pace; 0 before there is one."""
+    row_steps: float
+    """Rows of all steps together."""
 
 
 class Scheduler:
@@ -49,6 +59,13 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         return sum(sample.is_started for sample in self.samples())
+
+    @property
+    def work(self) -> Work:
+        """What is left to do for all samples."""
+        samples = self.samples()
+        row_steps = sum(sample.num_row_steps for sample in samples)
+        return Work(self._seconds_left(samples), row_steps)
 
     @property
     def has_work(self) -> bool:
@@ -202,13 +219,15 @@ class Scheduler:
     def _seconds_until_room(self, num_places: int) -> float:
         """How long it takes, at the present pace, until that many pictures are done."""
         samples = self.samples()
-        seconds = sum(
+        return num_places * self._seconds_left(samples) / max(1, len(samples))
+
+    def _seconds_left(self, samples: list[Sample]) -> float:
+        return sum(
             self._pace.steps_s(
                 s.latent_shape, s.num_row_steps / self._max_rows(s.latent_shape), s.num_row_steps
             )
             for s in samples
         )
-        return num_places * seconds / max(1, len(samples))
 
 
 def _row_steps_within(num_turns: int, sample: Sample) -> float:
