@@ -15,6 +15,8 @@ def model_text(info: ModelInfo) -> str:
     facts = {
         "checkpoint": [info.name, info.family],
         "engine": [info.engine],
+        # Older servers do not say.
+        "backends": info.raw.get("backends", ["unknown"]),
         "modes": info.modes,
         "samplers": info.samplers,
         "limits": limits,

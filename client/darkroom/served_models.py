@@ -14,6 +14,10 @@ SERVER_MODEL = "darkroom"
 """The model that every server has once: it tells of the others, and publishes their metrics."""
 MAX_NAME_LENGTH = 48
 """The engine's socket, whose path must be short, is named by the model."""
+TORCH = "torch"
+"""The backend of networks that can run in the engine's process."""
+_NATIVE_BACKENDS = {"onnxruntime", "tensorrt"}
+"""Those of Triton's own; what else runs networks are Python models."""
 _FACES = (STREAM_SUFFIX, CANCEL_SUFFIX)
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{MAX_NAME_LENGTH - 1}}}")
 
@@ -46,7 +50,16 @@ class ServedModel:
     first_mode: str
     """"text2img" where it makes pictures of a text alone, "img2img" or "inpaint" where not."""
     own_networks: tuple[str, ...]
-    """As the repository names them."""
+    """Those that are Triton's models, as the repository names them."""
+    backends: tuple[str, ...] = ()
+    """What runs its networks, as the manifest says."""
+    is_in_process: bool = False
+    """Its networks run in the engine's process, and are no models of Triton's."""
+
+    @property
+    def triton_backends(self) -> set[str]:
+        """Triton's names of the backends that its models need; the engine is one of Python's."""
+        return {"python", *(set(self.backends) & _NATIVE_BACKENDS)}
 
     @property
     def network_prefix(self) -> str:
@@ -78,23 +91,40 @@ class ServedModel:
         }
 
 
-def read_models(sources: Sequence[Source]) -> list[ServedModel]:
+def read_models(
+    sources: Sequence[Source], *, is_in_process: bool | None = None
+) -> list[ServedModel]:
     """The models of some repositories: the first that no name was chosen for keeps its own names.
 
+    Args:
+        is_in_process: whether networks that are PyTorch's run in the engine's process; None does so
+            where there are such.
+
     Raises:
-        ServeError: a repository is none, or a name is none or another model's as well.
+        ServeError: a repository is none, or a name is none or another model's as well, or it was
+            chosen where networks run that can run in one place only.
     """
     models = []
     for source, name in zip(sources, _names(sources), strict=True):
         repository = source.path.resolve()
         manifest = _read_manifest(repository)
+        backends = _backends(manifest["networks"])
+        is_torch = backends == (TORCH,)
+        if is_in_process is not None and not is_torch:
+            raise ServeError(
+                f"{repository}: its networks are run by {', '.join(backends)}, as Triton's models; "
+                f"only those of the backend {TORCH} can be run elsewhere"
+            )
+        is_inside = is_torch and is_in_process is not False
         models.append(
             ServedModel(
                 name=name,
                 repository=repository,
                 min_size=int(manifest["limits"]["min_size"]),
                 first_mode=_first_mode(manifest.get("denoiser", {})),
-                own_networks=tuple(manifest["networks"]),
+                own_networks=() if is_inside else tuple(manifest["networks"]),
+                backends=backends,
+                is_in_process=is_inside,
             )
         )
     _check_names(models)
@@ -139,6 +169,11 @@ def _check_names(models: Sequence[ServedModel]) -> None:
         owners |= dict.fromkeys(model.folders, str(model.repository))
 
 
+def _backends(networks: dict[str, Any]) -> tuple[str, ...]:
+    """What runs them; of older repositories, which do not say so, the engine tells."""
+    return tuple(sorted({record.get("backend", "python") for record in networks.values()}))
+
+
 def _first_mode(denoiser: dict[str, Any]) -> str:
     """The first of the engine's modes, which it tells from the same."""
     if denoiser.get("extra_channels"):
@@ -154,6 +189,7 @@ def _read_manifest(repository: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text())
         if not isinstance(manifest["networks"], dict):
             raise TypeError("networks is no object")
+        _backends(manifest["networks"])
         int(manifest["limits"]["min_size"])
     except FileNotFoundError:
         raise ServeError(
@@ -162,6 +198,6 @@ def _read_manifest(repository: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise ServeError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ServeError(f"{path}: malformed, {error!r}") from None
     return manifest

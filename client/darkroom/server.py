@@ -22,7 +22,8 @@ from tritonclient.utils import InferenceServerException
 
 from darkroom.background import in_background
 from darkroom.client import Client
-from darkroom.distribution import Distribution
+from darkroom.distribution import VARIABLE, Distribution
+from darkroom.engine_fit import backend_options, check_engines
 from darkroom.exceptions import DarkroomError, QueueFull
 from darkroom.guard import Guard
 from darkroom.model_view import CONFIG, model_repository, read_config
@@ -32,7 +33,7 @@ from darkroom.probe import probe
 from darkroom.process import is_alive
 from darkroom.progress import Progress, silent_progress
 from darkroom.serve_error import ServeError, ServeInterrupted
-from darkroom.served_models import SERVER_MODEL, ServedModel, Source, read_models
+from darkroom.served_models import SERVER_MODEL, TORCH, ServedModel, Source, read_models
 from darkroom.server_log import ServerLog
 from darkroom.stubs import Stubs, bury_group, kill_group
 from darkroom.trace_config import check_trace_setting
@@ -45,6 +46,9 @@ STOP_TIMEOUT_S = EXIT_TIMEOUT_S + 5.0
 """Triton ends by itself after the first, if it can."""
 STACK_BYTES = 256 * 2**20
 """Of each of the server's threads, as far as it needs that much."""
+_IN_PROCESS = {None: None, "0": False, "1": True}
+_FOR_IN_PROCESS = ("device", "compile", "cuda_graphs", "row_buckets")
+"""The engine's settings that are of networks in its process."""
 _CALL_TIMEOUT_S = 1.0
 _POLL_S = 0.1
 _PREFIX = "darkroom-"
@@ -84,25 +88,33 @@ class Server:
             log_file: what the server's log is appended to; without one it goes with the server.
             trace_config: Triton's settings of its tracing, such as "mode=opentelemetry".
             engine_parameters: settings of all engines, in place of those in their config.pbtxt.
+                `in_process` is "1" or "0" for repositories whose networks are PyTorch's: these run
+                in the engine's process, or as models of Triton's; without it they run in process.
 
         Raises:
-            ServeError: there is no exported repository, a name that no model can have, or a trace
-                setting that Triton would not take or not heed.
+            ServeError: there is no exported repository, a name that no model can have, a trace
+                setting that Triton would not take or not heed, or a setting of an engine that is
+                not for where its networks run.
         """
         for setting in trace_config:
             check_trace_setting(setting)
         if isinstance(repositories, Path):
             repositories = [repositories]
+        self._engine_parameters = engine_parameters or {}
+        in_process = self._engine_parameters.get("in_process")
+        if in_process not in _IN_PROCESS:
+            raise ServeError(f"in_process: {in_process!r} is neither 0 nor 1")
         self.models = read_models(
-            [it if isinstance(it, Source) else Source(it) for it in repositories]
+            [it if isinstance(it, Source) else Source(it) for it in repositories],
+            is_in_process=_IN_PROCESS[in_process],
         )
+        self._check_parameters()
         self.repository = self.models[0].repository
         self.networks = [network for model in self.models for network in model.networks]
         self.ports = ports or Ports()
         self._progress = progress
         self._response_cache_bytes = response_cache_bytes
         self._trace_config = trace_config
-        self._engine_parameters = engine_parameters or {}
         _remove_leftovers()
         self._runtime = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self._sockets = self._runtime / "sockets"
@@ -121,8 +133,12 @@ class Server:
     @property
     def _loaded_first(self) -> list[str]:
         """What the server loads when it starts; engines that save memory load their networks."""
-        is_full = self._engine_parameters.get("memory_profile", "full") == "full"
-        return self.reloadable if is_full else [SERVER_MODEL]
+        return self.reloadable if self._keeps_all else [SERVER_MODEL]
+
+    @property
+    def _keeps_all(self) -> bool:
+        """No engine saves memory."""
+        return self._engine_parameters.get("memory_profile", "full") == "full"
 
     @property
     def grpc_url(self) -> str:
@@ -149,6 +165,7 @@ class Server:
         """
         try:
             check_ports(self.ports)
+            check_engines(model.repository for model in self.models)
             give_up_at = time.monotonic() + timeout
             self._bring_up(give_up_at, self._progress)
             with self._progress("making a probe picture"):
@@ -232,6 +249,31 @@ class Server:
     ) -> None:
         self.stop()
 
+    def _check_parameters(self) -> None:
+        for model in self.models:
+            chosen = [key for key in _FOR_IN_PROCESS if key in self._engine_parameters]
+            if chosen and not model.is_in_process:
+                raise ServeError(
+                    f"{chosen[0]}: is for networks in the engine's process, but those of "
+                    f"{model.repository} are models of Triton's"
+                )
+            if model.is_in_process and not self._keeps_all:
+                profile = self._engine_parameters["memory_profile"]
+                raise ServeError(
+                    f"memory_profile: {profile} is for networks that are models of Triton's, but "
+                    f"those of {model.repository} run in the engine's process, where there is full"
+                )
+
+    def _check_backends(self, distribution: Distribution) -> None:
+        for model in self.models:
+            missing = sorted(model.triton_backends - set(distribution.backends))
+            if missing:
+                raise ServeError(
+                    f"{model.repository}: its networks need Triton's backend {missing[0]}, but the "
+                    f"tritonserver in {distribution.root} has {', '.join(distribution.backends)}; "
+                    f"NVIDIA's container has it, or {VARIABLE} names another folder"
+                )
+
     def _bring_up(self, give_up_at: float, progress: Progress) -> None:
         with progress("starting tritonserver and loading the networks"):
             self._launch()
@@ -268,10 +310,8 @@ class Server:
 
     def _launch(self) -> None:
         distribution = Distribution.find()
-        backends = self._runtime / "backends"
-        if not backends.exists():
-            backends.mkdir()
-            distribution.assemble_backend(backends)
+        self._check_backends(distribution)
+        backends = distribution.backend_directory(self._runtime / "backends")
         self._model_repository = model_repository(self.models, self._runtime / "models")
         # Where the engine listens; what an earlier one left there is no use to anybody.
         shutil.rmtree(self._sockets, ignore_errors=True)
@@ -294,6 +334,7 @@ class Server:
             "--model-control-mode=explicit",
             *(f"--load-model={name}" for name in self._loaded_first),
             *(f"--trace-config={setting}" for setting in self._trace_config),
+            *backend_options(model.repository for model in self.models),
         ]
         if self._response_cache_bytes:
             command += [
@@ -358,12 +399,16 @@ class Server:
 
     def _engine_config(self, model: ServedModel) -> str | None:
         """The engine's config as JSON where it differs from the repository's, else None."""
-        if not self._response_cache_bytes and not self._engine_parameters:
+        parameters = dict(self._engine_parameters)
+        if TORCH in model.backends:
+            # Whatever the config says: its networks are loaded here, or there.
+            parameters["in_process"] = str(int(model.is_in_process))
+        if not self._response_cache_bytes and not parameters:
             return None
         config = read_config(self._model_repository / model.name / CONFIG)
         if self._response_cache_bytes:
             config.response_cache.enable = True
-        for key, value in self._engine_parameters.items():
+        for key, value in parameters.items():
             config.parameters[key].string_value = value
         return str(json_format.MessageToJson(config, preserving_proto_field_name=True))
 

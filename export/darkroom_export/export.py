@@ -5,12 +5,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from darkroom.progress import Progress, silent_progress
 from darkroom_export import repository as repo
 from darkroom_export.backend import Backend
 from darkroom_export.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from darkroom_export.configs import MODEL_FILES, Options, PythonOptions, TorchOptions, served_inputs
 from darkroom_export.controlnet import (
     ControlNet,
     check_controlnets,
@@ -18,6 +20,7 @@ from darkroom_export.controlnet import (
     controlnet_spec,
     find_controlnets,
 )
+from darkroom_export.device import find_device, in_full_float32
 from darkroom_export.digest import file_sha256
 from darkroom_export.errors import ExportError
 from darkroom_export.families import FAMILIES, Family, vae_scale_factor
@@ -36,15 +39,28 @@ from darkroom_export.precision import Precision, in_float32
 from darkroom_export.preview import fit_preview
 from darkroom_export.safety import describe_safety_checker, safety_checker_spec
 from darkroom_export.to_onnx import export_onnx
+from darkroom_export.to_program import export_program
 from darkroom_export.verify import input_shapes, network_reference, verify_network
 
 SEED = 20
+_OPTIONS: Mapping[Backend, Options] = {
+    Backend.PYTHON: PythonOptions(),
+    Backend.TORCH: TorchOptions(
+        parameters={
+            "compile": "0",
+            "cuda_graphs": "1",
+            "row_buckets": "1,2,4,6,8,12,16,24,32",
+        }
+    ),
+}
+"""What there are exports to, and how these are run."""
 
 
 def export_checkpoint(
     source: str,
     target: Path,
     *,
+    backend: Backend = Backend.PYTHON,
     precision: Precision = Precision.FP32,
     config: str | None = None,
     force: bool = False,
@@ -57,11 +73,14 @@ def export_checkpoint(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     sampler: str | None = None,
+    device: str = "cpu",
 ) -> bool:
     """Export a checkpoint into the model repository `target`.
 
     Args:
         source: a diffusers folder, a single .safetensors file, or a hub id.
+        backend: what is to run the networks, python or torch; `darkroom build` makes the others of
+            what python runs.
         config: for a single file, the diffusers folder that describes its architecture.
         force: replace a repository that was made from something else.
         controlnets: diffusers folders or .safetensors files, by the names that requests will use.
@@ -71,6 +90,8 @@ def export_checkpoint(
         fused_loras: files with their scales, that become part of all that is exported.
         num_inference_steps, guidance_scale, sampler: what a request that does not say so gets, in
             place of what the checkpoint was made for.
+        device: where PyTorch computes what the networks are compared with, cpu or cuda; and, with
+            the backend torch, where they are run to be compared.
 
     Returns:
         False if `target` was made from the same checkpoint before: then its networks are kept, and
@@ -80,6 +101,8 @@ def export_checkpoint(
     Raises:
         ExportError: names the file and the reason; `target` is as it was before.
     """
+    _check_choices(backend, precision)
+    place = find_device(device)
     existing = _existing(target)
     files = find_checkpoint(source, config)
     defaults = Defaults(num_inference_steps, guidance_scale, sampler)
@@ -90,13 +113,18 @@ def export_checkpoint(
         {name: _lora_files(pairs) for name, pairs in (variants or {}).items()},
         _lora_files(fused_loras),
     )
-    identity = {"sha256": files.sha256, "precision": str(precision), **extras.identity()}
+    identity = {
+        "sha256": files.sha256,
+        "backend": str(backend),
+        "precision": str(precision),
+        **extras.identity(),
+    }
     if given := defaults.given():
         identity["defaults"] = given
     if existing is not None and not force:
-        is_same = existing.get("identity") == identity
+        is_same = _identity(existing) == identity
         if is_same and _is_complete(target, existing):
-            repo.write_python_models(target, existing["networks"])
+            repo.write_python_models(target, existing)
             return False
         if not (is_same and _is_outdated(existing)):
             raise ExportError(
@@ -114,13 +142,13 @@ def export_checkpoint(
     family = FAMILIES[checkpoint.family]
     check_controlnets(extras.controlnets, checkpoint.pipeline, family)
     check_adapters(getattr(checkpoint.pipeline, family.denoiser), extras.loras)
-    with repo.atomic_directory(target) as partial:
-        manifest = describe(checkpoint, Backend.PYTHON, precision, defaults, extras.controlnets)
+    with repo.atomic_directory(target) as partial, in_full_float32():
+        manifest = describe(checkpoint, backend, precision, defaults, extras.controlnets)
         manifest |= {"name": target.resolve().name, "identity": identity}
         manifest["text"] = describe_text(checkpoint.pipeline, family, partial)
         if safety_checker:
             manifest["safety_checker"] = describe_safety_checker(checkpoint.pipeline)
-        export = _Export(family, extras, partial, precision, progress, manifest)
+        export = _Export(family, extras, partial, backend, precision, place, progress, manifest)
         export.checkpoint(checkpoint.pipeline)
         del checkpoint
         for name, variant in extras.variants.items():
@@ -128,7 +156,7 @@ def export_checkpoint(
                 pipeline = load().pipeline
                 changed = load_and_fuse(pipeline, variant)
             export.variant(name, pipeline, changed)
-        repo.write_python_models(partial, manifest["networks"])
+        repo.write_python_models(partial, manifest)
         repo.write_manifest(partial, manifest)
         if extras.loras:
             add_adapters(partial, extras.loras)
@@ -181,7 +209,9 @@ class _Export:
     family: Family
     extras: _Extras
     target: Path
+    backend: Backend
     precision: Precision
+    device: torch.device
     progress: Progress
     manifest: dict[str, Any]
     specs: dict[str, NetworkSpec] = field(default_factory=dict)
@@ -191,28 +221,28 @@ class _Export:
     def checkpoint(self, pipeline: Any) -> None:
         """Export all networks, and compare the loop over them."""
         with self.progress("running the checkpoint in PyTorch, to compare with"):
-            loop = loop_reference(pipeline, self.family, SEED)
+            loop = loop_reference(pipeline, self.family, SEED, self.device)
         fitting = "fitting the colours of the latents, for previews"
-        with self.progress(fitting), in_float32(pipeline.vae):
+        with self.progress(fitting), in_float32(pipeline.vae, device=self.device):
             preview = fit_preview(pipeline.vae, vae_scale_factor(pipeline), SEED + 2)
         self.manifest["preview"] = preview
         for spec in self._specs(pipeline):
             self._network(spec, pipeline)
         with self.progress("comparing the whole loop with diffusers"):
-            record = verify_loop(loop, self.specs, self.paths, self.precision)
+            record = verify_loop(loop, self.specs, self.paths, self.precision, self.device)
         self.manifest["verification"] = record
 
     def variant(self, name: str, pipeline: Any, changed: Sequence[str]) -> None:
         """Export the networks that a variant's LoRAs changed, and compare the loop over them."""
         with self.progress(f"running the variant {name} in PyTorch, to compare with"):
-            loop = loop_reference(pipeline, self.family, SEED)
+            loop = loop_reference(pipeline, self.family, SEED, self.device)
         names = {network: f"{network}_{name}" for network in changed}
         for spec in self._own_specs(pipeline):
             if spec.name in names:
                 self._network(replace(spec, name=names[spec.name]), pipeline)
         paths = self.paths | {network: self.paths[other] for network, other in names.items()}
         with self.progress(f"comparing the whole loop of the variant {name} with diffusers"):
-            verify_loop(loop, self.specs, paths, self.precision)
+            verify_loop(loop, self.specs, paths, self.precision, self.device)
         self.manifest["variants"][name] = names
 
     def _specs(self, pipeline: Any) -> Iterator[NetworkSpec]:
@@ -230,26 +260,42 @@ class _Export:
             yield add_lora_inputs(spec) if is_adaptable else spec
 
     def _network(self, spec: NetworkSpec, pipeline: Any) -> None:
-        path = repo.write_network_model(self.target, spec)
+        folder = repo.write_network_model(self.target, spec, _OPTIONS[self.backend]).parent
+        path = folder / MODEL_FILES[self.backend]
         with self.progress(f"running {spec.name} in PyTorch, to compare with"):
             shapes = input_shapes(pipeline, self.family)
-            reference = network_reference(spec, shapes, SEED + 1)
-        with self.progress(f"exporting {spec.name} to {spec.precision(self.precision)} ONNX"):
-            files = export_onnx(spec, self.precision, path)
+            reference = network_reference(spec, shapes, SEED + 1, self.device)
+        export = export_program if self.backend is Backend.TORCH else export_onnx
+        own = spec.precision(self.precision)
+        with self.progress(f"exporting {spec.name} to {path.name} in {own}"):
+            files = export(spec, self.precision, path)
             free(spec.module)
         with self.progress(f"comparing {spec.name} with PyTorch"):
-            verification = verify_network(spec, reference, path, self.precision)
+            verification = verify_network(spec, reference, path, self.precision, self.device)
         self.manifest["networks"][spec.name] = {
-            "backend": str(Backend.PYTHON),
+            "backend": str(self.backend),
             "files": repo.hash_files(self.target, files),
-            "inputs": [tensor.name for tensor in repo.served_inputs(spec)],
+            "inputs": [tensor.name for tensor in served_inputs(spec)],
             "outputs": [tensor.name for tensor in spec.outputs],
             "max_batch_size": MAX_BATCH_SIZE,
-            "precision": str(spec.precision(self.precision)),
+            "precision": str(own),
             "verification": verification,
         }
         self.specs[spec.name] = replace(spec, module=nn.Identity())
         self.paths[spec.name] = path
+
+
+def _check_choices(backend: Backend, precision: Precision) -> None:
+    if backend not in _OPTIONS:
+        raise ExportError(
+            f"backend: {backend} is not exported to, but {' or '.join(_OPTIONS)}; darkroom build "
+            f"makes {backend} of a repository of {Backend.PYTHON}"
+        )
+    if backend is not Backend.TORCH and precision is Precision.BF16:
+        raise ExportError(
+            f"precision: {precision} needs the backend {Backend.TORCH}; allowed with {backend} are "
+            f"{Precision.FP32}, {Precision.FP16}"
+        )
 
 
 def _existing(target: Path) -> dict[str, Any] | None:
@@ -262,6 +308,11 @@ def _existing(target: Path) -> dict[str, Any] | None:
     if manifest is None and any(target.iterdir()):
         raise ExportError(f"{target}: is not empty, and no model repository of ours")
     return manifest
+
+
+def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What a repository was made from; older ones do not name their backend, there was but one."""
+    return {"backend": str(Backend.PYTHON), **manifest.get("identity", {})}
 
 
 def _is_outdated(manifest: dict[str, Any]) -> bool:

@@ -12,19 +12,21 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from numpy.typing import NDArray
 
+from darkroom_export.device import CPU
 from darkroom_export.errors import ExportError
 from darkroom_export.families import Family, text_encoders, vae_scale_factor
 from darkroom_export.networks import InputShape, NetworkSpec
 from darkroom_export.precision import Precision, in_float32
 from darkroom_export.preview import synthetic_picture
-from darkroom_export.verify import Array, open_session, relative_error, run
+from darkroom_export.runner import Array, Run, open_network
+from darkroom_export.verify import relative_error
 
 PROMPT = "a photograph of an astronaut riding a horse"
 NUM_STEPS = 4
 GUIDANCE_SCALE = 5.0
-TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2}
+TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2, Precision.BF16: 2e-1}
 """Largest error of the final latents, as a fraction of the largest latent."""
-PICTURE_TOLERANCE = {Precision.FP32: 1 / 255, Precision.FP16: 4 / 255}
+PICTURE_TOLERANCE = {Precision.FP32: 1 / 255, Precision.FP16: 4 / 255, Precision.BF16: 16 / 255}
 """Mean absolute error of the picture, in the range 0 to 1."""
 
 # diffusers' defaults, for the rows of the empty prompt and of the prompt.
@@ -73,7 +75,9 @@ class LoopReference:
     """(1, 3, H, W) in 0 to 1."""
 
 
-def loop_reference(pipeline: Any, family: Family, seed: int) -> LoopReference:
+def loop_reference(
+    pipeline: Any, family: Family, seed: int, device: torch.device = CPU
+) -> LoopReference:
     """Run the diffusers pipeline: few steps, guided where it can be, at a small size."""
     denoiser, vae = getattr(pipeline, family.denoiser), pipeline.vae
     factor = vae_scale_factor(pipeline)
@@ -85,26 +89,26 @@ def loop_reference(pipeline: Any, family: Family, seed: int) -> LoopReference:
     is_guided = guidance_size is None
     picture, mask = _picture_and_mask(size, generator)
     # One after the other: all networks in float32 at once would need much more memory.
-    with torch.no_grad(), in_float32(*_modules(pipeline, family)):
-        embeddings = _encoded(pipeline, family, is_guided=is_guided)
-    with torch.no_grad(), in_float32(denoiser, vae):
+    with torch.no_grad(), in_float32(*_modules(pipeline, family), device=device):
+        embeddings = _encoded(pipeline, family, device, is_guided=is_guided)
+    with torch.no_grad(), in_float32(denoiser, vae, device=device):
         run_pipeline = _without_text_encoders(pipeline, family)
         latents = run_pipeline(
             **embeddings,
             **_task(run_pipeline, size, picture, mask, seed),
             num_inference_steps=NUM_STEPS,
             guidance_scale=GUIDANCE_SCALE,
-            latents=noise,
+            latents=noise.to(device),
             output_type="latent",
         ).images
         shift_factor = float(vae.config.get("shift_factor") or 0.0)
         unscaled = latents / vae.config.scaling_factor + shift_factor
-        expected = _to_unit(vae.decode(unscaled).sample.numpy())
+        expected = _to_unit(vae.decode(unscaled).sample.cpu().numpy())
         conditions = _numbers(family, size, is_guided=is_guided)
         if guidance_size is not None:
             scale = torch.tensor([GUIDANCE_SCALE - 1])
             embedded = run_pipeline.get_guidance_scale_embedding(scale, guidance_size)
-            conditions["timestep_cond"] = embedded.numpy()
+            conditions["timestep_cond"] = embedded.cpu().numpy()
     return LoopReference(
         family=family,
         scheduler=pipeline.scheduler,
@@ -117,7 +121,7 @@ def loop_reference(pipeline: Any, family: Family, seed: int) -> LoopReference:
         conditions=conditions,
         mask=_masked(picture, mask, factor, seed) if is_inpainting(pipeline) else None,
         noise=noise,
-        latents=latents.numpy(),
+        latents=latents.cpu().numpy(),
         picture=expected,
     )
 
@@ -132,13 +136,15 @@ def _modules(pipeline: Any, family: Family) -> list[Any]:
     return [getattr(pipeline, encoder.network) for encoder in text_encoders(family, pipeline)]
 
 
-def _encoded(pipeline: Any, family: Family, *, is_guided: bool) -> dict[str, torch.Tensor]:
+def _encoded(
+    pipeline: Any, family: Family, device: torch.device, *, is_guided: bool
+) -> dict[str, torch.Tensor]:
     """The pipeline's embeddings of the prompt and, where it guides, of the empty one."""
     others = {"prompt_2": None, "prompt_3": None} if family.denoiser == "transformer" else {}
     embeddings = pipeline.encode_prompt(
         prompt=PROMPT,
         **others,
-        device="cpu",
+        device=device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=is_guided,
     )
@@ -241,13 +247,25 @@ def _token_ids(pipeline: Any, family: Family, *, is_guided: bool) -> dict[str, t
     return ids
 
 
+@dataclass(frozen=True)
+class _Networks:
+    """The exported networks, each of which is open for as long as it is used."""
+
+    paths: Mapping[str, Path]
+    device: torch.device
+
+    def open(self, name: str) -> Run:
+        return open_network(self.paths[name], self.device)
+
+
 def verify_loop(
     reference: LoopReference,
     specs: Mapping[str, NetworkSpec],
     paths: Mapping[str, Path],
     precision: Precision,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
-    """Run the same loop over the ONNX networks; returns the manifest's record of the result.
+    """Run the same loop over the exported networks; returns the manifest's record of the result.
 
     Args:
         specs: by the networks' names in the family, as are `paths`.
@@ -255,11 +273,12 @@ def verify_loop(
     Raises:
         ExportError: the final latents or the picture are off by more than allowed.
     """
-    inputs = dict(reference.conditions) | _embeddings(reference, paths)
-    latents = _denoised(reference, specs[reference.family.denoiser], paths, inputs)
+    networks = _Networks(paths, device)
+    inputs = dict(reference.conditions) | _embeddings(reference, networks)
+    latents = _denoised(reference, specs[reference.family.denoiser], networks, inputs)
     unscaled = latents.numpy() / reference.scaling_factor + reference.shift_factor
-    decoder = open_session(paths["vae_decoder"])
-    (pixels,) = run(decoder, {"latent_sample": unscaled.astype(np.float32)}, ["sample"])
+    decoder = networks.open("vae_decoder")
+    (pixels,) = decoder({"latent_sample": unscaled.astype(np.float32)}, ["sample"])
 
     error = relative_error("the loop: its result", latents.numpy(), reference.latents)
     picture_error = float(np.abs(_to_unit(pixels) - reference.picture).mean())
@@ -284,21 +303,21 @@ def verify_loop(
 def _denoised(
     reference: LoopReference,
     spec: NetworkSpec,
-    paths: Mapping[str, Path],
+    networks: _Networks,
     inputs: dict[str, NDArray[Any]],
 ) -> torch.Tensor:
     family, scheduler, latents = reference.family, reference.scheduler, reference.noise
     rows = 1 + reference.is_guided
     shape = InputShape(rows, *latents.shape[2:])
     zeros = {name: tensor.numpy() for name, tensor in spec.zeros(shape).items()}
-    hints = _hints(reference, paths).repeat(rows, 1, 1, 1)
-    denoiser = open_session(paths[family.denoiser])
+    hints = _hints(reference, networks).repeat(rows, 1, 1, 1)
+    denoiser = networks.open(family.denoiser)
     scheduler.set_timesteps(NUM_STEPS)
     for timestep in scheduler.timesteps:
         sample = torch.cat([latents.repeat(rows, 1, 1, 1), hints], dim=1).numpy()
         times = np.full(rows, float(timestep), np.float32)
         feed = zeros | inputs | {family.sample: sample, "timestep": times}
-        (output,) = run(denoiser, feed, [family.output])
+        (output,) = denoiser(feed, [family.output])
         prediction = torch.from_numpy(output)
         if reference.is_guided:
             unconditional, conditional = prediction.chunk(2)
@@ -307,7 +326,7 @@ def _denoised(
     return latents
 
 
-def _embeddings(reference: LoopReference, paths: Mapping[str, Path]) -> dict[str, Array]:
+def _embeddings(reference: LoopReference, networks: _Networks) -> dict[str, Array]:
     """The denoiser's inputs that come from the text, of the exported text encoders."""
     family = reference.family
     clip: list[Array] = []
@@ -318,7 +337,7 @@ def _embeddings(reference: LoopReference, paths: Mapping[str, Path]) -> dict[str
             continue
         names = [encoder.hidden, *(["text_embeds"] if encoder.is_pooled else [])]
         ids = reference.token_ids[encoder.network].numpy()
-        hidden, *rest = run(open_session(paths[encoder.network]), {"input_ids": ids}, names)
+        hidden, *rest = networks.open(encoder.network)({"input_ids": ids}, names)
         (others if encoder.kind == "t5" else clip).append(hidden)
         pooled += rest
     joined = np.concatenate(clip, axis=-1)
@@ -334,14 +353,14 @@ def _embeddings(reference: LoopReference, paths: Mapping[str, Path]) -> dict[str
     return inputs
 
 
-def _hints(reference: LoopReference, paths: Mapping[str, Path]) -> torch.Tensor:
+def _hints(reference: LoopReference, networks: _Networks) -> torch.Tensor:
     """(1, C, h, w) that an inpainting UNet sees besides the latents; no channels for others."""
     mask = reference.mask
     if mask is None:
         return reference.noise[:, :0]
-    encoder = open_session(paths["vae_encoder"])
+    encoder = networks.open("vae_encoder")
     feed = {"sample": mask.masked_picture.numpy()}
-    (parameters,) = run(encoder, feed, ["latent_parameters"])
+    (parameters,) = encoder(feed, ["latent_parameters"])
     generator = torch.Generator().manual_seed(mask.seed)
     latents = DiagonalGaussianDistribution(torch.from_numpy(parameters)).sample(generator)
     return torch.cat([mask.mask, reference.scaling_factor * latents], dim=1)

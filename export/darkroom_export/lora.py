@@ -15,10 +15,13 @@ from safetensors.torch import save_file
 from torch import nn
 from tritonclient.grpc import model_config_pb2
 
+from darkroom_export.backend import Backend
+from darkroom_export.configs import MODEL_FILES
 from darkroom_export.errors import ExportError
 from darkroom_export.lora_file import DENOISERS, LoraContents, LoraLayer
 from darkroom_export.lora_inputs import DOWN, UP, adaptable_layers, add_lora_inputs
 from darkroom_export.repository import MANIFEST, hash_files, read_manifest
+from darkroom_export.to_program import read_tensors
 
 __all__ = [
     "AdapterRecord",
@@ -138,7 +141,7 @@ def _add_adapters(
     # A variant's own takes the same adapters.
     variants = manifest.get("variants", {}).values()
     networks = [denoiser, *(names[denoiser] for names in variants if denoiser in names)]
-    widths = _widths_of_graph(repository / denoiser / "1" / "model.onnx")
+    widths = _widths_of_network(repository / denoiser / "1")
     if not widths:
         raise ExportError(f"{repository}: {denoiser} was exported without LoRA inputs")
     records = dict(manifest.get("loras", {}))
@@ -204,8 +207,16 @@ def _widths(layers: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return {path: (layer.weight.shape[1], layer.weight.shape[0]) for path, layer in layers.items()}
 
 
+def _widths_of_network(version: Path) -> dict[str, tuple[int, int]]:
+    """The same as an exported network tells it; empty if it has no LoRA inputs."""
+    program = version / MODEL_FILES[Backend.TORCH]
+    if program.exists():
+        widths = read_tensors(program)["lora_widths"]
+        return {path: (width_in, width_out) for path, (width_in, width_out) in widths.items()}
+    return _widths_of_graph(version / MODEL_FILES[Backend.PYTHON])
+
+
 def _widths_of_graph(path: Path) -> dict[str, tuple[int, int]]:
-    """The same as an exported graph tells it; empty if it has no LoRA inputs."""
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except Exception as error:  # protobuf's and the system's

@@ -87,6 +87,13 @@ def adaptable_layers(network: nn.Module) -> dict[str, Any]:
     return found
 
 
+def lora_widths(spec: NetworkSpec) -> dict[str, tuple[int, int]]:
+    """In and out of the layers that take adapters, by path; none if it has no LoRA inputs."""
+    shapes = {tensor.name: tensor.shape for tensor in spec.inputs if isinstance(tensor, WeightSpec)}
+    layers = [name.removesuffix(DOWN) for name in shapes if name.endswith(DOWN)]
+    return {layer: (int(shapes[layer + DOWN][1]), int(shapes[layer + UP][0])) for layer in layers}
+
+
 class _Call:
     """The LoRA inputs of the call that is under way, where the layers find them."""
 

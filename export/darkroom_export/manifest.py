@@ -11,7 +11,7 @@ from darkroom_export.backend import Backend
 from darkroom_export.checkpoint import Checkpoint
 from darkroom_export.controlnet import ControlNet
 from darkroom_export.errors import ExportError
-from darkroom_export.families import FAMILIES, Family, size_factor, text_encoders, vae_scale_factor
+from darkroom_export.families import FAMILIES, Family, size_limits, text_encoders, vae_scale_factor
 from darkroom_export.networks import residuals
 from darkroom_export.precision import Precision
 
@@ -180,11 +180,7 @@ def _denoiser(pipeline: Any, family: Family, *, is_controlled: bool) -> dict[str
 
 def _limits(checkpoint: Checkpoint, family: Family, defaults: Defaults) -> dict[str, Any]:
     pipeline = checkpoint.pipeline
-    config = getattr(pipeline, family.denoiser).config
-    size_multiple = vae_scale_factor(pipeline) * size_factor(pipeline, family)
-    native_size = config.sample_size * vae_scale_factor(pipeline)
-    # Positions beyond were never learnt.
-    largest = config.get("pos_embed_max_size") or 2 * config.sample_size
+    sizes = size_limits(pipeline, family)
     own = _own_defaults(checkpoint, family) | defaults.given()
     if own["sampler"] not in family.samplers:
         raise ExportError(
@@ -192,12 +188,12 @@ def _limits(checkpoint: Checkpoint, family: Family, defaults: Defaults) -> dict[
             f"{', '.join(family.samplers)}"
         )
     return {
-        "default_width": native_size,
-        "default_height": native_size,
+        "default_width": sizes.default,
+        "default_height": sizes.default,
         **{f"default_{name}": value for name, value in own.items()},
-        "size_multiple": size_multiple,
-        "min_size": 2 * size_multiple if 2 * size_multiple <= 128 else size_multiple,
-        "max_size": min(2 * native_size, largest * size_multiple),
+        "size_multiple": sizes.multiple,
+        "min_size": sizes.min,
+        "max_size": sizes.max,
         "max_num_inference_steps": MAX_NUM_INFERENCE_STEPS,
         "max_guidance_scale": MAX_GUIDANCE_SCALE,
         "max_num_images_per_prompt": 16,

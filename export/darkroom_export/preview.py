@@ -75,8 +75,9 @@ def _latents_and_colours(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(1, C, h, w) latents as the denoiser sees them, and (1, 3, h, w) colours of theirs."""
     with torch.no_grad():
-        latents = vae.encode(picture).latent_dist.mode()
-        pixels = vae.decode(latents, return_dict=False)[0]
+        latents = vae.encode(picture.to(next(vae.parameters()).device)).latent_dist.mode()
+        pixels = vae.decode(latents, return_dict=False)[0].cpu()
+    latents = latents.cpu()
     for side, values in (("encoder", latents), ("decoder", pixels)):
         if not values.isfinite().all():
             raise ExportError(f"vae: the {side}'s output is not finite, the weights are broken")

@@ -4,23 +4,31 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
-
 from darkroom.process import is_alive
+from darkroom_export.backend import Backend
+from darkroom_export.configs import (
+    CONFIG,
+    DEFAULT_OPTIONS,
+    MODEL_FILES,
+    Description,
+    Options,
+    config_text,
+    native_config,
+)
 from darkroom_export.digest import file_sha256
 from darkroom_export.errors import ExportError
-from darkroom_export.lora_inputs import WeightSpec
-from darkroom_export.networks import MAX_BATCH_SIZE, NetworkSpec, TensorSpec
+from darkroom_export.networks import NetworkSpec
 
 MANIFEST = "manifest.json"
-_DTYPES = {torch.float32: "TYPE_FP32", torch.int64: "TYPE_INT64"}
+ENGINE = "stable_diffusion"
+_MAX_ROWS = re.compile(r'(key: "max_rows" value \{ string_value: ")(\d+)')
+_RUNNERS = {Backend.PYTHON: "onnx_network", Backend.TORCH: "torch_network"}
+"""The Python models that run networks, for the backends that are ours."""
 
 
 def templates() -> Path:
@@ -69,50 +77,39 @@ def _remove_leftovers(target: Path) -> None:
             shutil.rmtree(entry)
 
 
-def write_python_models(repository: Path, networks: Iterable[str]) -> None:
-    """Copy the engine, its other faces and the networks' runner, replacing older ones."""
-    for config in sorted(templates().glob("*/config.pbtxt")):
+def write_python_models(repository: Path, manifest: Mapping[str, Any]) -> None:
+    """Copy the engine, its other faces and the networks' runners, replacing older ones.
+
+    A network that Triton itself runs has no runner.
+    """
+    for config in sorted(templates().glob(f"*/{CONFIG}")):
         target = repository / config.parent.name
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(config.parent, target, ignore=_ignore_caches)
-        for file in (templates() / "shared").glob("*.py"):
-            shutil.copyfile(file, target / "1" / file.name)
-    for network in networks:
-        target = repository / network / "1"
-        shutil.copyfile(templates() / "onnx_network" / "1" / "model.py", target / "model.py")
+        _copy_files(templates() / "shared", target / "1")
+    networks = manifest["networks"]
+    for name, record in networks.items():
+        _write_runner(repository / name / "1", Backend(record["backend"]))
+    denoiser = networks[manifest["denoiser"]["network"]]
+    _limit_rows(repository / ENGINE / CONFIG, denoiser["max_batch_size"])
 
 
-def write_network_model(repository: Path, spec: NetworkSpec) -> Path:
-    """Write the config.pbtxt of a network; returns the path that its ONNX file takes."""
+def write_network_model(
+    repository: Path, spec: NetworkSpec, options: Options = DEFAULT_OPTIONS
+) -> Path:
+    """Write the config.pbtxt of a network; returns the path that its file takes.
+
+    Args:
+        options: of the backend that is to run it.
+
+    Raises:
+        ExportError: the backend cannot run it.
+    """
     version = repository / spec.name / "1"
     version.mkdir(parents=True)
-    config = text_format.MessageToString(network_config(spec))
-    (repository / spec.name / "config.pbtxt").write_text(config)
-    return version / "model.onnx"
-
-
-def network_config(spec: NetworkSpec) -> model_config_pb2.ModelConfig:
-    """Triton's description of a network that runs as a Python model over ONNX Runtime."""
-    config = model_config_pb2.ModelConfig(
-        name=spec.name, backend="python", max_batch_size=MAX_BATCH_SIZE
-    )
-    for tensor in served_inputs(spec):
-        _describe(config.input.add(optional=tensor.optional is not None), tensor)
-    for tensor in spec.outputs:
-        _describe(config.output.add(), tensor)
-    config.instance_group.add(kind=model_config_pb2.ModelInstanceGroup.KIND_CPU, count=1)
-    # The name is the ONNX Runtime backend's; 0 takes all cores.
-    config.parameters["intra_op_thread_count"].string_value = "0"
-    # An empty record is of an input that the runner knows by its name.
-    optional = {tensor.name: dict(tensor.optional) for tensor in spec.inputs if tensor.optional}
-    if optional:
-        config.parameters["optional_inputs"].string_value = json.dumps(optional)
-    return config
-
-
-def served_inputs(spec: NetworkSpec) -> list[TensorSpec]:
-    """Those that Triton sees: weights of adapters are read by what runs the graph."""
-    return [tensor for tensor in spec.inputs if not isinstance(tensor, WeightSpec)]
+    config = native_config(Description.from_spec(spec), options)
+    (repository / spec.name / CONFIG).write_text(config_text(config))
+    return version / MODEL_FILES[options.backend]
 
 
 def write_manifest(repository: Path, manifest: dict[str, Any]) -> None:
@@ -142,15 +139,33 @@ def hash_files(repository: Path, files: list[Path]) -> dict[str, str]:
     return {str(file.relative_to(repository)): file_sha256(file) for file in files}
 
 
-def _describe(entry: Any, tensor: TensorSpec) -> None:
-    entry.name = tensor.name
-    entry.data_type = model_config_pb2.DataType.Value(_DTYPES[tensor.dtype])
-    if tensor.shape:
-        entry.dims.extend(size if isinstance(size, int) else -1 for size in tensor.shape)
-    else:
-        # Triton wants a dimension besides the batch; the network is to see none.
-        entry.dims.append(1)
-        entry.reshape.SetInParent()
+def _write_runner(version: Path, backend: Backend) -> None:
+    """Put the Python model of a backend beside its network, and take away what is there of others.
+
+    What runs the network is replaced as one: helpers of an older runner may be no part of this one.
+    """
+    for file in version.glob("*.py"):
+        file.unlink()
+    if runner := _RUNNERS.get(backend):
+        _copy_files(templates() / runner / "1", version)
+        _copy_files(templates() / "shared", version)
+
+
+def _limit_rows(config: Path, most: int) -> None:
+    """Let the engine make no larger calls than its denoiser was built for."""
+
+    def limited(match: re.Match[str]) -> str:
+        return f"{match[1]}{min(int(match[2]), most)}"
+
+    text, num_found = _MAX_ROWS.subn(limited, config.read_text())
+    if num_found != 1:
+        raise ValueError(f"{config}: max_rows stands there {num_found} times")
+    config.write_text(text)
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for file in source.glob("*.py"):
+        shutil.copyfile(file, target / file.name)
 
 
 def _ignore_caches(_: str, names: list[str]) -> set[str]:

@@ -1,21 +1,19 @@
 """Compare an exported network with PyTorch, on fresh random inputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
-from numpy.typing import NDArray
 
+from darkroom_export.device import CPU
 from darkroom_export.errors import ExportError
 from darkroom_export.families import Family, size_factor
 from darkroom_export.networks import InputShape, NetworkSpec
 from darkroom_export.precision import Precision
-
-Array = NDArray[np.float32]
+from darkroom_export.runner import Array, open_network
 
 
 @dataclass(frozen=True)
@@ -39,36 +37,46 @@ def input_shapes(pipeline: Any, family: Family) -> list[InputShape]:
     ]
 
 
-def network_reference(spec: NetworkSpec, shapes: Sequence[InputShape], seed: int) -> Reference:
-    """Run the PyTorch network, which is left converted to float32, on fresh random inputs."""
-    spec.module.eval().to(torch.float32)
+def network_reference(
+    spec: NetworkSpec, shapes: Sequence[InputShape], seed: int, device: torch.device = CPU
+) -> Reference:
+    """Run the PyTorch network on fresh random inputs.
+
+    It is left converted to float32, and on the device.
+    """
+    # Moved before it becomes larger.
+    spec.module.eval().to(device).to(torch.float32)
     generator = torch.Generator().manual_seed(seed)
     cases = []
     with torch.no_grad():
         for shape in shapes:
             inputs = spec.example(generator, shape)
-            outputs = spec.module(*inputs)
+            outputs = spec.module(*(tensor.to(device) for tensor in inputs))
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            cases.append((inputs, tuple(output.numpy() for output in outputs)))
+            cases.append((inputs, tuple(output.cpu().numpy() for output in outputs)))
     return Reference(cases)
 
 
 def verify_network(
-    spec: NetworkSpec, reference: Reference, path: Path, precision: Precision
+    spec: NetworkSpec,
+    reference: Reference,
+    path: Path,
+    precision: Precision,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
-    """Run the ONNX file on the reference's inputs; returns the manifest's record of the result.
+    """Run the exported network on the reference's inputs; returns the manifest's record of it.
 
     Raises:
         ExportError: an output has another shape, is not finite, or is off by more than allowed.
     """
-    session = open_session(path)
+    run = open_network(path, device)
     precision = spec.precision(precision)
     errors = dict.fromkeys((tensor.name for tensor in spec.outputs), 0.0)
     shapes = []
     for inputs, expected in reference.cases:
         names = [tensor.name for tensor in spec.inputs]
         feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-        actual = run(session, feed, list(errors))
+        actual = run(feed, list(errors))
         shapes.append([list(tensor.shape) for tensor in inputs])
         for output, ours, theirs in zip(errors, actual, expected, strict=True):
             name = f"{spec.name}: {output}"
@@ -79,7 +87,7 @@ def verify_network(
     for output, error in errors.items():
         if error > tolerance:
             raise ExportError(
-                f"{spec.name}: {output} of {precision} ONNX differs from PyTorch's by "
+                f"{spec.name}: {output} of {path.name} in {precision} differs from PyTorch's by "
                 f"{error:.2e} of its range, allowed is {tolerance:.0e}"
             )
     return {
@@ -88,23 +96,6 @@ def verify_network(
         "tolerance": tolerance,
         "input_shapes": shapes,
     }
-
-
-def open_session(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        str(path), sess_options=options, providers=["CPUExecutionProvider"]
-    )
-
-
-def run(
-    session: onnxruntime.InferenceSession,
-    inputs: Mapping[str, NDArray[Any]],
-    outputs: Sequence[str],
-) -> list[Array]:
-    arrays: list[Array] = session.run(list(outputs), dict(inputs))
-    return arrays
 
 
 def relative_error(name: str, actual: Array, expected: Array) -> float:

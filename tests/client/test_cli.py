@@ -630,6 +630,8 @@ def test_serve_without_its_extra_gives_the_pip_command(tmp_path: Path) -> None:
         (("export", "checkpoint", "repository"), "diffusers"),
         (("export", "checkpoint", "repository"), "onnxruntime"),
         (("random-checkpoint", "tiny-sd15", "folder"), "torch"),
+        (("plan", "sd15"), "torch"),
+        (("plan", "sd15"), "diffusers"),
     ],
 )
 def test_exporting_without_the_extra_gives_the_pip_command(

@@ -129,17 +129,24 @@ def test_it_is_frozen() -> None:
     assert json.dumps(told.raw)
 
 
+def test_an_older_server_does_not_say_what_runs_its_networks() -> None:
+    assert "  backends        unknown\n" in model_text(ModelInfo.from_raw(MODEL_INFO))
+
+
 def test_the_text_has_all_facts_in_lines_that_are_not_long() -> None:
     many = [f"sampler-{number}" for number in range(20)]
     text = model_text(
-        ModelInfo.from_raw({**MODEL_INFO, "samplers": many, "safety_checker": "flag"})
+        ModelInfo.from_raw(
+            {**MODEL_INFO, "samplers": many, "safety_checker": "flag", "backends": ["torch"]}
+        )
     )
 
     first, *lines = text.splitlines()
     assert first == "stable_diffusion"
-    assert lines[:3] == [
+    assert lines[:4] == [
         "  checkpoint      shapes, sd1",
         "  engine          0123",
+        "  backends        torch",
         "  modes           text2img, img2img",
     ]
     assert lines[-5:] == [

@@ -88,6 +88,41 @@ def test_an_argument_is_a_path_or_a_name_and_a_path(text: str, source: Source) -
     assert Source.parse(text) == source
 
 
+@pytest.mark.parametrize(
+    ("backends", "needed"),
+    [
+        (["python", "python"], {"python"}),
+        (["torch", "torch"], {"python"}),
+        (["python", "onnxruntime"], {"python", "onnxruntime"}),
+        (["tensorrt", "onnxruntime"], {"python", "onnxruntime", "tensorrt"}),
+    ],
+)
+def test_the_engine_needs_python_and_networks_what_runs_them(
+    first: Path, backends: list[str], needed: set[str]
+) -> None:
+    manifest = json.loads((first / "manifest.json").read_text())
+    manifest["networks"] = {
+        name: {"backend": backend} for name, backend in zip(NETWORKS, backends, strict=True)
+    }
+    (first / "manifest.json").write_text(json.dumps(manifest))
+
+    (model,) = read_models([Source(first)])
+    assert model.triton_backends == needed
+
+
+def test_networks_in_the_engines_process_have_no_part_in_a_view(
+    first: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads((first / "manifest.json").read_text())
+    manifest["networks"] = {name: {"backend": "torch"} for name in NETWORKS}
+    (first / "manifest.json").write_text(json.dumps(manifest))
+    models = read_models([Source(first, "a")])
+    view = model_repository(models, tmp_path / "view")
+
+    assert {entry.name for entry in view.iterdir()} == {"darkroom", "a", "a_stream", "a_cancel"}
+    assert models[0].networks == []
+
+
 def test_a_repository_alone_keeps_its_names_and_is_served_where_it_is(
     first: Path, tmp_path: Path
 ) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
 from google.protobuf import text_format
@@ -13,13 +12,22 @@ from torch import nn
 from tritonclient.grpc import model_config_pb2
 
 from darkroom_engine.samplers import Samplers
-from darkroom_export import ExportError, Precision, export_checkpoint
+from darkroom_export import Backend, ExportError, Precision, export_checkpoint
 from darkroom_export.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from darkroom_export.config_check import check_config
+from darkroom_export.configs import (
+    Description,
+    OnnxRuntimeOptions,
+    TensorRtOptions,
+    native_config,
+    read_config,
+)
 from darkroom_export.families import FAMILIES
 from darkroom_export.loop import loop_reference
 from darkroom_export.manifest import Defaults, describe, describe_text
 from darkroom_export.memory import free
 from darkroom_export.networks import network_specs
+from darkroom_export.profiles import NetworkProfile, Span, read_inputs
 from darkroom_export.verify import input_shapes, network_reference
 
 Make = Callable[[str], Path]
@@ -33,7 +41,7 @@ def loaded(make_checkpoint: Make, architecture: str) -> Checkpoint:
 
 def described(checkpoint: Checkpoint, folder: Path, **defaults: Any) -> dict[str, Any]:
     """The manifest as far as no network has to be exported for it."""
-    manifest = describe(checkpoint, Precision.FP32, Defaults(**defaults), [])
+    manifest = describe(checkpoint, Backend.PYTHON, Precision.FP32, Defaults(**defaults), [])
     family = FAMILIES[checkpoint.family]
     return manifest | {"text": describe_text(checkpoint.pipeline, family, folder)}
 
@@ -426,24 +434,23 @@ def test_an_exported_family_is_verified_and_agrees_with_its_graphs(
 
 
 def assert_config_agrees(repository: Path, network: str) -> None:
-    text = (repository / network / "config.pbtxt").read_text()
-    config = text_format.Parse(text, model_config_pb2.ModelConfig())
-    graph = onnx.load(repository / network / "1" / "model.onnx", load_external_data=False).graph
-    types = {
-        onnx.TensorProto.FLOAT: model_config_pb2.TYPE_FP32,
-        onnx.TensorProto.INT64: model_config_pb2.TYPE_INT64,
-    }
+    """With the graph, and that of each native backend too."""
+    path = repository / network / "1" / "model.onnx"
+    config = read_config(repository / network)
+    check_config(config, path)
 
-    for ours, theirs in ((config.input, graph.input), (config.output, graph.output)):
-        assert [entry.name for entry in ours] == [entry.name for entry in theirs]
-        for entry, value in zip(ours, theirs, strict=True):
-            tensor = value.type.tensor_type
-            assert entry.data_type == types[tensor.elem_type]
-            batch, *dims = tensor.shape.dim
-            assert batch.dim_param
-            expected = [-1 if size.dim_param else size.dim_value for size in dims]
-            assert list(entry.dims) == (expected or [1])
-            assert entry.HasField("reshape") == (not expected)
+    description = Description.from_config(config)
+    assert native_config(description) == config
+    for is_on_gpu in (False, True):
+        check_config(native_config(description, OnnxRuntimeOptions(is_on_gpu=is_on_gpu)), path)
+    inputs = read_inputs(network, path)
+    sizes = dict.fromkeys(
+        (side.name for sides in inputs.values() for side in sides if side.name), Span(1, 2, 4)
+    )
+    profile = NetworkProfile(inputs, sizes).shapes
+    with_graphs = TensorRtOptions([profile], graph_batches=(1, 2, 4))
+    check_config(native_config(description, with_graphs), path)
+
     optional = [entry.name for entry in config.input if entry.optional]
     fillers = config.parameters.get("optional_inputs")
     assert list(json.loads(fillers.string_value) if fillers else {}) == optional

@@ -11,9 +11,10 @@ import torch
 from darkroom_export import ExportError, Precision, export_checkpoint
 from darkroom_export.checkpoint import find_checkpoint, load_checkpoint
 from darkroom_export.networks import InputShape
+from darkroom_export.runner import open_network
 from darkroom_export.safety import describe_safety_checker, safety_checker_spec
 from darkroom_export.to_onnx import export_onnx
-from darkroom_export.verify import network_reference, open_session, run, verify_network
+from darkroom_export.verify import network_reference, verify_network
 
 SHAPES = [InputShape(1, 1, 1), InputShape(12, 1, 1)]
 
@@ -47,9 +48,9 @@ def test_the_graph_decides_as_diffusers(pipeline: Any, tmp_path: Path) -> None:
     # Half precision is asked for, and not taken.
     export_onnx(spec, Precision.FP16, tmp_path / "model.onnx")
     record = verify_network(spec, reference, tmp_path / "model.onnx", Precision.FP16)
-    session = open_session(tmp_path / "model.onnx")
+    run = open_network(tmp_path / "model.onnx")
     outputs = ["has_nsfw_concept", "concept_scores"]
-    flags, scores = run(session, {"clip_input": pictures.numpy()}, outputs)
+    flags, scores = run({"clip_input": pictures.numpy()}, outputs)
 
     assert record["tolerance"] == 1e-4
     assert 0 < sum(expected) < 40

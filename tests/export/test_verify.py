@@ -87,7 +87,7 @@ def test_a_network_with_slightly_wrong_weights_is_found(
 ) -> None:
     path = spoil(graph_of(fp32, network), tmp_path / "wrong.onnx", lambda weights: 1.05 * weights)
 
-    with pytest.raises(ExportError, match=f"{network}: .* of fp32 ONNX differs from PyTorch's by"):
+    with pytest.raises(ExportError, match=rf"{network}: .* of wrong.onnx in fp32 differs"):
         verify_network(specs[network], references[network], path, Precision.FP32)
 
 
@@ -130,7 +130,7 @@ def test_a_reference_that_is_not_finite_verifies_nothing(
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda layers: layers * np.float32(1.01), "hidden_states of fp32 ONNX differs"),
+        (lambda layers: layers * np.float32(1.01), "hidden_states of model.onnx in fp32 differs"),
         (lambda layers: layers[:, 1:], "hidden_states is .*, PyTorch's is"),
         (lambda layers: layers * np.float32("nan"), "hidden_states of PyTorch is not finite"),
     ],

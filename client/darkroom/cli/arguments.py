@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from darkroom import protocol
@@ -59,6 +60,23 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def rising_counts(text: str) -> str:
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers) or not all(
+        int(low) < int(high) for low, high in pairwise(["0", *numbers])
+    ):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a rising list of whole numbers above 0, such as 1,2,4"
+        )
+    return text
+
+
+def device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
+    return text
 
 
 def max_rows(text: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from darkroom.cli import scaled
 from darkroom.cli.arguments import add_repeatable, named
+from darkroom.cli.extra import extra
 from darkroom.exceptions import DarkroomError
 from darkroom.progress import terminal_progress
 
@@ -23,7 +24,24 @@ def _add_export(commands: Any) -> None:
         "checkpoint", metavar="CHECKPOINT", help="a diffusers folder, .safetensors file or hub id"
     )
     parser.add_argument("repository", type=Path, metavar="REPOSITORY")
-    parser.add_argument("--precision", choices=["fp32", "fp16"], default="fp32")
+    parser.add_argument(
+        "--backend",
+        choices=["python", "torch"],
+        default="python",
+        help="what runs the networks: ONNX Runtime, or PyTorch; default: %(default)s",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "fp16", "bf16"],
+        default="fp32",
+        help="what the networks compute in, bf16 with the backend torch; default: %(default)s",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="where PyTorch computes what they are compared with; default: %(default)s",
+    )
     parser.add_argument(
         "--config", metavar="FOLDER", help="the architecture of a single .safetensors file"
     )
@@ -85,8 +103,9 @@ def _add_random_checkpoint(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    with _extra("export"):
+    with extra("export"):
         from darkroom_export import (  # noqa: PLC0415  its needs are an extra
+            Backend,
             ExportError,
             Precision,
             export_checkpoint,
@@ -95,6 +114,7 @@ def _export(options: argparse.Namespace) -> int:
         is_new = export_checkpoint(
             options.checkpoint,
             options.repository,
+            backend=Backend(options.backend),
             precision=Precision(options.precision),
             config=options.config,
             force=options.force,
@@ -110,6 +130,7 @@ def _export(options: argparse.Namespace) -> int:
             num_inference_steps=options.default_steps,
             guidance_scale=options.default_guidance_scale,
             sampler=options.default_sampler,
+            device=options.device,
         )
     except ExportError as error:
         raise DarkroomError(str(error)) from error
@@ -119,7 +140,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _add_adapter(options: argparse.Namespace) -> int:
-    with _extra("export"):
+    with extra("export"):
         from darkroom_export import ExportError, add_adapters  # noqa: PLC0415  an extra
     adapters = {name: Path(path) for name, path in _once("add-adapter", options.adapters).items()}
     try:
@@ -131,7 +152,7 @@ def _add_adapter(options: argparse.Namespace) -> int:
 
 
 def _random_checkpoint(options: argparse.Namespace) -> int:
-    with _extra("export"):
+    with extra("export"):
         from darkroom_export.random_checkpoint import (  # noqa: PLC0415  its needs are an extra
             make_random_checkpoint,
         )
@@ -149,19 +170,3 @@ def _once(option: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
     if len(by_name) < len(pairs):
         raise DarkroomError(f"{option}: every name may be given once")
     return by_name
-
-
-class _extra:  # noqa: N801  reads as a statement
-    """Turns a missing package into the command that installs it."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        if isinstance(error, ModuleNotFoundError):
-            raise DarkroomError(
-                f"this needs the package {error.name}: pip install 'darkroom[{self._name}]'"
-            ) from error

@@ -7,12 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from darkroom.cli import exit_status
-from darkroom.cli.arguments import add_repeatable, max_rows, seconds, size_in_bytes
+from darkroom.cli.arguments import (
+    add_repeatable,
+    count,
+    device,
+    max_rows,
+    rising_counts,
+    seconds,
+    size_in_bytes,
+)
 from darkroom.progress import terminal_progress
 from darkroom.served_models import Source
 
 LOW_PROBE_INTERVAL_S = 120.0
 LOW_PROBE_TIMEOUT_S = 600.0
+_NETWORKS = {"in-process": "1", "triton": "0"}
 
 
 def add_parser(commands: Any) -> None:
@@ -38,6 +47,37 @@ def add_parser(commands: Any) -> None:
         choices=["low", "balanced", "full"],
         default="full",
         help="what to save memory for, at the price of time; default: %(default)s, nothing",
+    )
+    parser.add_argument(
+        "--networks",
+        choices=list(_NETWORKS),
+        help="where networks that were exported for PyTorch run: in the engine's process, which is "
+        "the default and the faster, or as models of Triton's",
+    )
+    parser.add_argument(
+        "--device",
+        type=device,
+        metavar="DEVICE",
+        help="of networks in the engine's process: cpu, cuda, cuda:N, or auto, a GPU if there is "
+        "one; default: auto",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="let torch.compile make their kernels, in minutes"
+    )
+    parser.add_argument(
+        "--row-buckets",
+        type=rising_counts,
+        metavar="N,N,...",
+        help="the numbers of rows that their CUDA graphs are recorded for",
+    )
+    parser.add_argument(
+        "--no-cuda-graphs", action="store_true", help="launch their kernels one by one"
+    )
+    parser.add_argument(
+        "--num-engines",
+        type=count,
+        metavar="N",
+        help="running batches, one for each GPU; default: 1",
     )
     parser.add_argument(
         "--safety-checker",
@@ -126,6 +166,12 @@ def engine_parameters(options: argparse.Namespace) -> dict[str, str]:
         "max_rows": options.max_rows,
         "memory_profile": memory_profile,
         "safety_checker": options.safety_checker,
+        "in_process": _NETWORKS[options.networks] if options.networks else None,
+        "device": options.device,
+        "compile": "1" if options.compile else None,
+        "row_buckets": options.row_buckets,
+        "cuda_graphs": "0" if options.no_cuda_graphs else None,
+        "num_engines": str(options.num_engines) if options.num_engines else None,
     }
     return {key: value for key, value in chosen.items() if value is not None}
 
