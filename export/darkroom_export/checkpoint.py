@@ -152,7 +152,7 @@ def find_checkpoint(source: str, config: str | None = None) -> CheckpointFiles:
         parts = [file for file in described if file.suffix in (".json", ".txt")]
         return CheckpointFiles(source, path, _sha256([path, *parts]))
     folder = path if path.is_dir() else _download(source)
-    _read_index(folder)
+    read_index(folder)
     parts = sorted(file for file in folder.rglob("*") if _is_part(file))
     return CheckpointFiles(source, folder, _sha256(parts))
 
@@ -177,7 +177,7 @@ def load_checkpoint(
         class_name, parts, options = _load_folder(path)
     if with_safety_checker:
         parts |= _load_safety_checker(path)
-    family = _family(path, class_name, parts, options)
+    family = family_of(path, class_name, parts, options)
     _check_vae(path, parts["vae"])
     _check_widths(path, family, parts)
     own_scheduler = parts.pop("scheduler")
@@ -230,18 +230,23 @@ def load_controlnet(files: CheckpointFiles, config: str | None = None) -> Any:
 
 def _load_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """The folder's pipeline class, its components, and the pipeline's options."""
-    index = _read_index(folder)
+    index = read_index(folder)
     class_name = index["_class_name"]
     # Before any weights are loaded, which takes long.
-    present = {part: _is_present(folder, index, part) for part in PIPELINES[class_name]}
+    present = {part: is_present(folder, index, part) for part in PIPELINES[class_name]}
     is_flow = class_name == _TEXT_TO_IMAGE["sd3"]
     parts: dict[str, Any] = {"scheduler": load_scheduler(folder / "scheduler", is_flow=is_flow)}
-    for part, is_present in present.items():
-        parts[part.name] = _load(folder / part.name, part) if is_present else None
+    for part, is_there in present.items():
+        parts[part.name] = _load(folder / part.name, part) if is_there else None
     return class_name, parts, {key: index[key] for key in _OPTIONS if key in index}
 
 
-def _is_present(folder: Path, index: Mapping[str, Any], part: Component) -> bool:
+def is_present(folder: Path, index: Mapping[str, Any], part: Component) -> bool:
+    """Whether the folder has this component.
+
+    Raises:
+        ExportError: it has another in its place, or none where one is needed.
+    """
     where = f"{folder / 'model_index.json'}: {part.name}"
     match index.get(part.name):
         case [str(), str(class_name)]:
@@ -355,9 +360,14 @@ def _load_single_controlnet(path: Path, config: str | None) -> Any:
     return model
 
 
-def _family(
+def family_of(
     path: Path, class_name: str, parts: Mapping[str, Any], options: Mapping[str, Any]
 ) -> str:
+    """sd1, sd2, sdxl, sdxl-refiner or sd3.
+
+    Raises:
+        ExportError: it is none of them.
+    """
     if class_name == "StableDiffusion3Pipeline":
         return "sd3"
     unet = parts["unet"].config
@@ -430,11 +440,16 @@ def _class_of_config(config: str | None) -> str | None:
     """The pipeline class that a folder describes; what a hub id describes is not known here."""
     if config is None or not Path(config).is_dir():
         return None
-    class_name: str = _read_index(Path(config))["_class_name"]
+    class_name: str = read_index(Path(config))["_class_name"]
     return class_name
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
+    """A diffusers folder's model_index.json, of a supported pipeline class.
+
+    Raises:
+        ExportError: it is missing or malformed, or of another class.
+    """
     file = folder / "model_index.json"
     if not file.exists():
         if (folder / "config.json").is_file():

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -132,3 +132,27 @@ def size_factor(pipeline: Any, family: Family) -> int:
     if family.denoiser == "transformer":
         return int(pipeline.transformer.config.patch_size)
     return int(2 ** (len(pipeline.unet.config.block_out_channels) - 1))
+
+
+class SizeLimits(NamedTuple):
+    """Of the sides of a checkpoint's pictures, in pixels."""
+
+    default: int
+    multiple: int
+    min: int
+    max: int
+
+
+def size_limits(pipeline: Any, family: Family) -> SizeLimits:
+    """What its pictures measure if nobody says otherwise, and what they may."""
+    config = getattr(pipeline, family.denoiser).config
+    multiple = vae_scale_factor(pipeline) * size_factor(pipeline, family)
+    default = config.sample_size * vae_scale_factor(pipeline)
+    # Positions beyond were never learnt.
+    largest = config.get("pos_embed_max_size") or 2 * config.sample_size
+    return SizeLimits(
+        default=default,
+        multiple=multiple,
+        min=2 * multiple if 2 * multiple <= 128 else multiple,
+        max=min(2 * default, largest * multiple),
+    )

@@ -105,7 +105,7 @@ _TINY_VAE = {
     "layers_per_block": 1,
     "sample_size": 128,
 }
-_TINY_SD3_VAE = _TINY_VAE | {
+_SD3_LATENTS = {
     "latent_channels": 16,
     "scaling_factor": 1.5305,
     "shift_factor": 0.0609,
@@ -144,6 +144,16 @@ _TINY_REFINER_UNET = _TINY_SDXL_UNET | {
 }
 _INPAINT = {"in_channels": 9}
 _NOT_OF_A_CONTROLNET = ("sample_size", "up_block_types")
+_SD3_TRANSFORMER = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 768 + 1280,
+    "pos_embed_max_size": 192,
+}
 _TINY_TRANSFORMER = {
     "sample_size": 16,
     "num_layers": 2,
@@ -153,6 +163,15 @@ _TINY_TRANSFORMER = {
     "caption_projection_dim": 32,
     "pooled_projection_dim": 24 + 40,
     "pos_embed_max_size": 24,
+}
+_T5_XXL = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    # Of T5's own tokenizer, which has more pieces than that which is written here.
+    "vocab_size": 32128,
 }
 _TINY_T5 = {"d_model": 96, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 _TINY_VISION = {
@@ -206,13 +225,19 @@ def _sdxl(
     return Architecture(pipeline, parts, {"force_zeros_for_empty_prompt": True})
 
 
-def _sd3(transformer: Mapping[str, Any]) -> Architecture:
+def _sd3(
+    text_encoder: Mapping[str, Any],
+    text_encoder_2: Mapping[str, Any],
+    text_encoder_3: Mapping[str, Any],
+    transformer: Mapping[str, Any],
+    vae: Mapping[str, Any],
+) -> Architecture:
     parts = {
-        "text_encoder": Part("CLIPTextModelWithProjection", _TINY_CLIP_1),
-        "text_encoder_2": Part("CLIPTextModelWithProjection", _TINY_CLIP_2),
-        "text_encoder_3": Part("T5EncoderModel", _TINY_T5),
+        "text_encoder": Part("CLIPTextModelWithProjection", text_encoder),
+        "text_encoder_2": Part("CLIPTextModelWithProjection", text_encoder_2),
+        "text_encoder_3": Part("T5EncoderModel", text_encoder_3),
         "transformer": Part("SD3Transformer2DModel", transformer),
-        "vae": Part("AutoencoderKL", _TINY_SD3_VAE),
+        "vae": Part("AutoencoderKL", {**vae, **_SD3_LATENTS}),
         "tokenizer": Part("CLIPTokenizer", {"padding": "<|endoftext|>"}),
         "tokenizer_2": Part("CLIPTokenizer", {"padding": "!"}),
         "tokenizer_3": Part("T5TokenizerFast", {}),
@@ -251,7 +276,7 @@ _UNIPC = Part("UniPCMultistepScheduler", _LEADING)
 _EULER = Part("EulerDiscreteScheduler", _LEADING)
 _TINY_SD15 = _sd1(_TINY_CLIP, _TINY_UNET, _TINY_VAE, _UNIPC)
 _TINY_SDXL = (_TINY_CLIP_1, _TINY_CLIP_2, _TINY_SDXL_UNET, _TINY_VAE)
-_TINY_SD3 = _sd3(_TINY_TRANSFORMER)
+_TINY_SD3 = (_TINY_CLIP_1, _TINY_CLIP_2, _TINY_T5)
 
 ARCHITECTURES: dict[str, Architecture] = {
     # Stable Diffusion 1.x, full size: 860 M + 123 M + 84 M parameters.
@@ -295,6 +320,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         _VAE | {"sample_size": 1024},
         _EULER,
     ),
+    # Stable Diffusion 3 medium, full size: 2028 M + 123 M + 695 M + 4762 M + 84 M parameters.
+    "sd3": _sd3(_CLIP_L, _OPENCLIP_G, _T5_XXL, _SD3_TRANSFORMER, _VAE | {"sample_size": 1024}),
     # The same classes and data flow, in seconds.
     "tiny-sd15": _TINY_SD15,
     "tiny-sd15-safety": _with_safety_checker(_TINY_SD15),
@@ -349,11 +376,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         requires_aesthetics_score=True,
         force_zeros_for_empty_prompt=False,
     ),
-    "tiny-sd3": _TINY_SD3,
-    "tiny-sd3-no-t5": _without(_TINY_SD3, "text_encoder_3", "tokenizer_3"),
+    "tiny-sd3": _sd3(*_TINY_SD3, _TINY_TRANSFORMER, _TINY_VAE),
+    "tiny-sd3-no-t5": _without(
+        _sd3(*_TINY_SD3, _TINY_TRANSFORMER, _TINY_VAE), "text_encoder_3", "tokenizer_3"
+    ),
     # Of the second generation: normalised queries and keys, a second attention of the picture.
     "tiny-sd35": _sd3(
+        *_TINY_SD3,
         _TINY_TRANSFORMER | {"qk_norm": "rms_norm", "dual_attention_layers": (0,)},
+        _TINY_VAE,
     ),
     "tiny-sd15-controlnet": _controlnet(_TINY_UNET),
     "tiny-sdxl-controlnet": _controlnet(_TINY_SDXL_UNET),
@@ -406,25 +437,32 @@ def _save(part: Part, directory: Path) -> None:
             return
     # At once, for there may be no memory for a large one in fp32.
     with default_dtype(torch.float16):
-        match name:
-            case "CLIPTextModel" | "CLIPTextModelWithProjection":
-                made = _clip_text_encoder(name, config)
-            case "T5EncoderModel":
-                made = _t5_encoder(config)
-            case "AutoencoderKL":
-                made = _vae(config)
-            case "ControlNetModel":
-                made = _controlnet_model(config)
-            case "StableDiffusionSafetyChecker":
-                made = _safety_checker(config)
-            case "CLIPImageProcessor":
-                made = transformers.CLIPImageProcessor(**config)
-            case _:
-                made = getattr(diffusers, name)(**config)
+        made = make_part(part)
     if isinstance(made, nn.Module):
         # Tables that are computed are float32 still.
         made.to(torch.float16)
     made.save_pretrained(directory)
+
+
+def make_part(part: Part) -> Any:
+    """Any component but a tokenizer, with random weights."""
+    name, config = part
+    match name:
+        case "CLIPTextModel" | "CLIPTextModelWithProjection":
+            made = _clip_text_encoder(name, config)
+        case "T5EncoderModel":
+            made = _t5_encoder(config)
+        case "AutoencoderKL":
+            made = _vae(config)
+        case "ControlNetModel":
+            made = _controlnet_model(config)
+        case "StableDiffusionSafetyChecker":
+            made = _safety_checker(config)
+        case "CLIPImageProcessor":
+            made = transformers.CLIPImageProcessor(**config)
+        case _:
+            made = getattr(diffusers, name)(**config)
+    return made
 
 
 def _clip_text_encoder(class_name: str, config: Mapping[str, Any]) -> Any:
@@ -439,7 +477,9 @@ def _clip_text_encoder(class_name: str, config: Mapping[str, Any]) -> Any:
 def _t5_encoder(config: Mapping[str, Any]) -> Any:
     return transformers.T5EncoderModel(
         transformers.T5Config(
-            vocab_size=len(_T5_PIECES), feed_forward_proj="gated-gelu", use_cache=False, **config
+            **{"vocab_size": len(_T5_PIECES), **config},
+            feed_forward_proj="gated-gelu",
+            use_cache=False,
         )
     )
 

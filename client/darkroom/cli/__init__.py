@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from darkroom import __version__
-from darkroom.cli import cancel, exit_status, export, generate, info, probe, serve
+from darkroom.cli import build, cancel, exit_status, export, generate, info, plan, probe, serve
 from darkroom.exceptions import DarkroomError
 
 __all__ = ["main", "make_parser"]
@@ -30,6 +30,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (generate, info, cancel, serve, probe, export):
+    for command in (generate, info, cancel, serve, probe, export, build, plan):
         command.add_parser(commands)
     return parser
