@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from darkroom import DarkroomError
@@ -16,13 +16,18 @@ LOOK_AGAIN_S = 0.2
 
 
 @contextlib.contextmanager
-def serving(repository: Path) -> Iterator[Server]:
-    """A server on free ports of the loopback.
+def serving(
+    repository: Path, engine_parameters: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """A server on free ports of the loopback, with these settings of the engine.
 
     Raises:
         ServeError: it cannot be started, or what was measured failed.
     """
-    with Server(repository, free_ports(), terminal_progress) as server:
+    server = Server(
+        repository, free_ports(), terminal_progress, engine_parameters=engine_parameters
+    )
+    with server:
         # Now they tell their names, which the dead do not.
         server.dead_stubs()
         try:
