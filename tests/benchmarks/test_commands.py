@@ -20,6 +20,7 @@ COMMANDS = [
     "fairness.py",
     "soak.py",
     "memory.py",
+    "hop.py",
 ]
 
 
@@ -33,7 +34,7 @@ def test_a_command_says_what_it_does_from_any_folder(script, tmp_path, monkeypat
     assert "--output FILE" in result.stdout
 
 
-@pytest.mark.parametrize("script", ["batching.py", "soak.py", "memory.py"])
+@pytest.mark.parametrize("script", ["batching.py", "soak.py", "memory.py", "hop.py"])
 def test_a_repository_that_does_not_exist_is_named(script, tmp_path):
     result = run(script, str(tmp_path))
 
