@@ -1,6 +1,7 @@
 """Several engines that answer as one: who gets a request, and what they say together."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -391,6 +392,10 @@ def test_closing_answers_all(squad: Squad) -> None:
     squad.wait_until_stepping()
     closing = threading.Thread(target=squad.fleet.close)
     closing.start()
+    give_up_at = time.monotonic() + WAIT_S
+    while not all(engine._is_closing for engine in squad.fleet._engines):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.001)
     squad.open_gates()
     closing.join(WAIT_S)
 

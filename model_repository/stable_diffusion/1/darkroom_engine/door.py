@@ -10,9 +10,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import darkroom_wire as wire
-from darkroom_engine.engine import Engine
 from darkroom_engine.errors import EngineError
-from darkroom_engine.fleet import Fleet
+from darkroom_engine.intake import Intake
 from darkroom_engine.job import JobResult
 
 BACKLOG = 128
@@ -28,7 +27,7 @@ class Door:
     the newer takes the place of the older, and the older leaves that place alone.
     """
 
-    def __init__(self, engine: Engine | Fleet, model: str) -> None:
+    def __init__(self, engine: Intake, model: str) -> None:
         """Make the socket of that model, which takes its place when it is started.
 
         Raises:
@@ -91,7 +90,7 @@ class Door:
 class Visitor:
     """One connection: reads the request on a thread of its own, then waits for the other's end."""
 
-    def __init__(self, engine: Engine | Fleet, connection: Connection) -> None:
+    def __init__(self, engine: Intake, connection: Connection) -> None:
         self._engine = engine
         self._connection = connection
         # Sending and closing exclude each other: a closed connection's number may be another's.

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,8 @@ from darkroom_engine.config import EngineConfig
 from darkroom_engine.denoiser import Denoiser
 from darkroom_engine.developer import Developer
 from darkroom_engine.errors import EngineError
-from darkroom_engine.job import Job, JobResult, Listener, Reply, cancel_only
+from darkroom_engine.intake import Intake, never
+from darkroom_engine.job import Job, JobResult, Listener, Reply
 from darkroom_engine.manifest import VAE_DECODER, Manifest
 from darkroom_engine.memory import rows_that_fit
 from darkroom_engine.metrics import Record, record_nothing
@@ -23,7 +24,6 @@ from darkroom_engine.networks import Networks, Shape
 from darkroom_engine.offer import describe, limits_of
 from darkroom_engine.pace import Pace
 from darkroom_engine.prompts import PromptEncoder
-from darkroom_engine.reader import Field
 from darkroom_engine.rehearsal import rehearse
 from darkroom_engine.reporter import Reporter
 from darkroom_engine.request import ImageRequest
@@ -37,10 +37,6 @@ from darkroom_engine.vae import Vae
 from darkroom_engine.watcher import IsAbandoned, Watcher
 
 logger = logging.getLogger(__name__)
-
-
-def _never() -> bool:
-    return False
 
 
 def _always() -> bool:
@@ -60,7 +56,7 @@ class _Step(NamedTuple):
     """Whether no network failed meanwhile: then its time is a measure."""
 
 
-class Engine:
+class Engine(Intake):
     """Continuous batching of denoising steps over one set of networks.
 
     `ask`, `submit`, `cancel` and `close` may be called from any thread. Everything else happens on
@@ -191,36 +187,7 @@ class Engine:
         # One guided picture can always run.
         return max(2, int(self._num_rows_at_default_size * share))
 
-    def ask(
-        self,
-        fields: Mapping[str, Field],
-        reply: Reply,
-        *,
-        request_id: str = "",
-        is_abandoned: IsAbandoned = _never,
-        listener: Listener | None = None,
-    ) -> None:
-        """Parse and queue a request, or answer at once why not; never raises.
-
-        Args:
-            fields: raw values by name, see `ImageRequest.parse`.
-            reply: called exactly once, from any thread; from the listener's if there is one.
-            is_abandoned: asked now and then whether the caller has left, which cancels the request.
-            listener: is told of every step.
-        """
-        try:
-            request = ImageRequest.parse(fields, self.limits)
-            self.submit(
-                request, reply, request_id=request_id, is_abandoned=is_abandoned, listener=listener
-            )
-        except EngineError as error:
-            self.refuse(error, reply, request_id)
-        except Exception as error:
-            logger.exception("this is a bug")
-            self.refuse(EngineError(f"this is a bug: {type(error).__name__}"), reply, request_id)
-
     def refuse(self, error: EngineError, reply: Reply, request_id: str = "") -> None:
-        """Answer a request that is not admitted."""
         journal.log_refusal(request_id, error)
         self._record(metrics.REQUESTS, 1, error.outcome)
         reply(error)
@@ -231,16 +198,10 @@ class Engine:
         reply: Reply,
         *,
         request_id: str = "",
-        is_abandoned: IsAbandoned = _never,
+        is_abandoned: IsAbandoned = never,
         listener: Listener | None = None,
     ) -> Job:
-        """Queue a request; the arguments are those of `ask`.
-
-        Raises:
-            Overloaded: the queue is full, or the request's deadline cannot be kept.
-            EngineError: the engine could not start, or is closing.
-            InvalidRequest: the prompt or the sampler cannot be what the request says.
-        """
+        """As `Intake.submit`; overloaded is a full queue, or too much before a deadline."""
         job = Job(request, self._ordered(reply, listener), request_id, listener, self._on_end)
         samples = self._maker.samples_of(job)
         with self._changed:
@@ -258,17 +219,8 @@ class Engine:
             self._changed.notify()
         return job
 
-    def cancel(self, request_id: str) -> bool:
-        """Cancel the request of that id; False if none is in flight.
-
-        Raises:
-            InvalidRequest: several requests in flight have this id, and none is cancelled.
-        """
-        return cancel_only(self.jobs, request_id)
-
     @property
     def jobs(self) -> list[Job]:
-        """The requests in flight."""
         return self._watcher.jobs()
 
     @property

@@ -2,17 +2,17 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import IntEnum
 from functools import partial
 from typing import Any, Protocol
 
 from darkroom_engine.engine import Engine
 from darkroom_engine.errors import EngineError, InvalidRequest, Overloaded
-from darkroom_engine.job import Job, Listener, Reply, cancel_only
+from darkroom_engine.intake import Intake, never
+from darkroom_engine.job import Job, Listener, Reply
 from darkroom_engine.metrics import Kind, Metric, Record, record_nothing
-from darkroom_engine.reader import Field
-from darkroom_engine.request import ImageRequest, Limits
+from darkroom_engine.request import ImageRequest
 from darkroom_engine.watcher import IsAbandoned
 
 logger = logging.getLogger(__name__)
@@ -43,11 +43,7 @@ def _do_nothing() -> None:
     pass
 
 
-def _never() -> bool:
-    return False
-
-
-class Fleet:
+class Fleet(Intake):
     """Engines of one checkpoint, each with a batch and networks of its own.
 
     It has an engine's face. A request, with all its pictures, goes to the engine that has the least
@@ -88,10 +84,7 @@ class Fleet:
             )
             for number in range(num_engines)
         ]
-
-    @property
-    def limits(self) -> Limits:
-        return self._engines[0].limits
+        self.limits = self._engines[0].limits
 
     def start(self) -> None:
         """Start all engines at once; requests are taken from now on."""
@@ -109,29 +102,7 @@ class Fleet:
         for thread in closing:
             thread.join()
 
-    def ask(
-        self,
-        fields: Mapping[str, Field],
-        reply: Reply,
-        *,
-        request_id: str = "",
-        is_abandoned: IsAbandoned = _never,
-        listener: Listener | None = None,
-    ) -> None:
-        """Parse and queue a request, or answer at once why not; see `Engine.ask`."""
-        try:
-            request = ImageRequest.parse(fields, self.limits)
-            self.submit(
-                request, reply, request_id=request_id, is_abandoned=is_abandoned, listener=listener
-            )
-        except EngineError as error:
-            self.refuse(error, reply, request_id)
-        except Exception as error:
-            logger.exception("this is a bug")
-            self.refuse(EngineError(f"this is a bug: {type(error).__name__}"), reply, request_id)
-
     def refuse(self, error: EngineError, reply: Reply, request_id: str = "") -> None:
-        """Answer a request that is not admitted."""
         self._engines[0].refuse(error, reply, request_id)
 
     def submit(
@@ -140,15 +111,12 @@ class Fleet:
         reply: Reply,
         *,
         request_id: str = "",
-        is_abandoned: IsAbandoned = _never,
+        is_abandoned: IsAbandoned = never,
         listener: Listener | None = None,
     ) -> Job:
-        """Queue a request where it is done soonest; the arguments are those of `ask`.
+        """As `Intake.submit`, where it is done soonest.
 
-        Raises:
-            InvalidRequest: no engine could ever take it.
-            Overloaded: all engines have too much to do; with the shortest time until one has not.
-            EngineError: none could start, or they are closing.
+        All engines are asked before it is refused, for the shortest time that one of them told.
         """
         refusals: list[EngineError] = []
         with self._lock:
@@ -168,13 +136,9 @@ class Fleet:
         overloaded = [error for error in refusals if isinstance(error, Overloaded)]
         raise min(overloaded, key=lambda error: error.retry_after_s, default=refusals[0])
 
-    def cancel(self, request_id: str) -> bool:
-        """Cancel the request of that id; False if none is in flight.
-
-        Raises:
-            InvalidRequest: several requests in flight have this id, and none is cancelled.
-        """
-        return cancel_only([job for engine in self._engines for job in engine.jobs], request_id)
+    @property
+    def jobs(self) -> list[Job]:
+        return [job for engine in self._engines for job in engine.jobs]
 
     def describe(self) -> dict[str, Any]:
         """What all of them serve, see `offer`."""

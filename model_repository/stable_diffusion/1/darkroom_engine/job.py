@@ -3,12 +3,12 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from darkroom_engine.canvas import Canvas
-from darkroom_engine.errors import Cancelled, EngineError, InvalidRequest
+from darkroom_engine.errors import Cancelled, EngineError
 from darkroom_engine.request import ImageRequest
 
 logger = logging.getLogger(__name__)
@@ -161,19 +161,3 @@ class Job:
             "total_ms": now - self.submitted_at,
         }
         return {name: round(1000 * value, 3) for name, value in seconds.items()}
-
-
-def cancel_only(jobs: Sequence[Job], request_id: str) -> bool:
-    """Cancel the one of that id; False if there is none.
-
-    Raises:
-        InvalidRequest: several have this id, and none is cancelled.
-    """
-    named = [job for job in jobs if job.request_id == request_id]
-    if len(named) > 1:
-        raise InvalidRequest(
-            "request_id", f"{request_id!r} names {len(named)} requests, allowed is one"
-        )
-    for job in named:
-        job.cancel()
-    return bool(named)
