@@ -170,11 +170,15 @@ class Engine(Intake):
         self._watcher.start()
         self._thread.start()
 
-    def close(self) -> None:
-        """Answer everything that is still here with an error, and stop."""
+    def begin_close(self) -> None:
+        """Stop after the step that is being made, and answer what is left with an error."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
+
+    def close(self) -> None:
+        """Answer everything that is still here with an error, and stop."""
+        self.begin_close()
         self._thread.join()
         self._watcher.close()
         self._reporter.close()

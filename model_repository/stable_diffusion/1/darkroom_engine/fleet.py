@@ -93,14 +93,10 @@ class Fleet(Intake):
 
     def close(self) -> None:
         """Answer everything that is still here with an error, and stop."""
-        # Each waits for the step that it is in.
-        closing = [
-            threading.Thread(target=engine.close, name="closing") for engine in self._engines
-        ]
-        for thread in closing:
-            thread.start()
-        for thread in closing:
-            thread.join()
+        for engine in self._engines:
+            engine.begin_close()
+        for engine in self._engines:
+            engine.close()
 
     def refuse(self, error: EngineError, reply: Reply, request_id: str = "") -> None:
         self._engines[0].refuse(error, reply, request_id)
