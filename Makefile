@@ -74,6 +74,15 @@ bench-fairness: build/shapes/manifest.json  ## Measure who waits for whom when a
 bench-memory: build/shapes/manifest.json  ## Measure what each memory profile saves and costs
 	$(BIN)/python benchmarks/memory.py build/shapes
 
+.PHONY: bench-hop
+bench-hop: build/shapes/manifest.json  ## Measure a step's way to the networks, in process or by Triton
+	$(BIN)/darkroom export shapes/checkpoint build/shapes-torch --backend torch
+	$(BIN)/python benchmarks/hop.py build/shapes-torch --onnx build/shapes
+
+.PHONY: bench-gpu
+bench-gpu: $(INSTALLED)  ## Measure the GPU path beside diffusers, on a machine with a GPU
+	PYTHON=$(abspath $(BIN)/python) benchmarks/gpu.sh
+
 .PHONY: equivalence
 equivalence: $(INSTALLED)  ## Compare every family and mode with diffusers, and write the table
 	$(BIN)/python -m equivalence --output docs/equivalence.md

@@ -92,11 +92,16 @@ def _errors(repository: Path) -> dict[str, float]:
 def _serve(
     repository: Path, options: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
-    server = Server(repository, free_ports(), engine_parameters={"memory_profile": options.profile})
+    server = Server(
+        repository,
+        free_ports(),
+        engine_parameters={"memory_profile": options.profile},
+        start_timeout_s=START_TIMEOUT_S,
+    )
     stages = {}
     try:
         with terminal_progress("starting the server"), Meter(server) as meter:
-            server.start(START_TIMEOUT_S)
+            server.start()
         stages["start"] = meter.phase()
         with (
             Client(server.grpc_url, timeout=REQUEST_TIMEOUT_S) as client,

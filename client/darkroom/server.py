@@ -77,6 +77,7 @@ class Server:
         log_file: Path | None = None,
         trace_config: Sequence[str] = (),
         engine_parameters: Mapping[str, str] | None = None,
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         """Prepare a server.
 
@@ -90,6 +91,7 @@ class Server:
             engine_parameters: settings of all engines, in place of those in their config.pbtxt.
                 `in_process` is "1" or "0" for repositories whose networks are PyTorch's: these run
                 in the engine's process, or as models of Triton's; without it they run in process.
+            start_timeout_s: how long it may take until a picture is made, at every start.
 
         Raises:
             ServeError: there is no exported repository, a name that no model can have, a trace
@@ -112,6 +114,7 @@ class Server:
         self.repository = self.models[0].repository
         self.networks = [network for model in self.models for network in model.networks]
         self.ports = ports or Ports()
+        self.start_timeout_s = start_timeout_s
         self._progress = progress
         self._response_cache_bytes = response_cache_bytes
         self._trace_config = trace_config
@@ -156,7 +159,7 @@ class Server:
     def log(self) -> Path:
         return self._log.path
 
-    def start(self, timeout: float = START_TIMEOUT_S) -> None:
+    def start(self) -> None:
         """Start the server and return when it has made a probe picture.
 
         Raises:
@@ -166,7 +169,7 @@ class Server:
         try:
             check_ports(self.ports)
             check_engines(model.repository for model in self.models)
-            give_up_at = time.monotonic() + timeout
+            give_up_at = time.monotonic() + self.start_timeout_s
             self._bring_up(give_up_at, self._progress)
             with self._progress("making a probe picture"):
                 self._probe(give_up_at)
@@ -174,7 +177,7 @@ class Server:
             self.stop()
             raise
 
-    def restart(self, timeout: float = START_TIMEOUT_S) -> None:
+    def restart(self) -> None:
         """End the server at once, whose clients get an error, and start it anew on the same ports.
 
         It returns when the models are loaded; no probe picture has been made yet.
@@ -183,7 +186,7 @@ class Server:
             ServeInterrupted, ServeError: as of `start`.
         """
         self._end(is_graceful=False)
-        self._bring_up(time.monotonic() + timeout, silent_progress)
+        self._bring_up(time.monotonic() + self.start_timeout_s, silent_progress)
 
     def reload(self, model: str) -> None:
         """Unload a model and load it again, while the engines go on.

@@ -9,7 +9,7 @@ from darkroom.background import in_background
 from darkroom.exceptions import QueueFull, RequestTimeout
 from darkroom.picture import Picture
 from darkroom.serve_error import ServeError, ServeInterrupted
-from darkroom.server import START_TIMEOUT_S, Server
+from darkroom.server import Server
 
 MAX_FAILED_PROBES = 3
 MAX_HEALS = 3
@@ -133,7 +133,7 @@ class Supervisor:
         # A server that has just been started may have to warm up first.
         timeout = self._patience.probe_timeout_s
         if self._healing_since is not None:
-            timeout = max(timeout, START_TIMEOUT_S)
+            timeout = max(timeout, self._server.start_timeout_s)
         return in_background(lambda: self._server.make_probe_pictures(timeout))
 
     def _reload(self, model: str) -> None:

@@ -201,7 +201,7 @@ class _Build:
                 tensorrt.runners(plan),
                 profiles,
                 inputs=Inputs(name, self.manifest_as_exported, self.repository),
-                tolerance=record["verification"]["tolerance"],
+                tolerance=self.options.engine.tolerance or record["verification"]["tolerance"],
             )
         return {
             "gpu": tensorrt.gpu.name,

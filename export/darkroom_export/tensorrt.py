@@ -39,6 +39,8 @@ class EngineOptions:
     """Memory that a kernel may take beside its inputs and outputs; None is all of the GPU's."""
     timing_cache: Path | None = None
     """The file with what earlier builds measured, which this one adds to."""
+    tolerance: float | None = None
+    """How far an engine may be from its graph, of an output's range; None is the export's own."""
 
     def __post_init__(self) -> None:
         level = self.optimization_level
@@ -46,10 +48,14 @@ class EngineOptions:
             raise ExportError(
                 f"optimization-level: {level} is not between 0 and {MAX_OPTIMIZATION_LEVEL}"
             )
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
+            raise ExportError(f"tolerance: {self.tolerance:g} is not between 0 and 1")
 
     def record(self) -> dict[str, Any]:
         """What of it a manifest keeps."""
-        return {name: value for name, value in asdict(self).items() if name != "timing_cache"}
+        # The tolerance stands with what was measured.
+        left_out = ("timing_cache", "tolerance")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 @dataclass(frozen=True)

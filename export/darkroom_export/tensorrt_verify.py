@@ -20,8 +20,8 @@ from darkroom_export.profiles import NetworkProfile, Shape
 from darkroom_export.tensorrt_inputs import Inputs
 
 Array = NDArray[Any]
-ROWS_AT_ONCE = 2
-"""Of the graph: attention over all rows of a large batch takes more memory than a host has."""
+ROWS_AT_ONCE = 1
+"""Of the graph: attention that is not fused, over a large batch, takes more memory than hosts have."""
 _SEED = 30
 
 

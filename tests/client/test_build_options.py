@@ -70,6 +70,7 @@ def test_an_option_that_would_not_be_heeded_is_refused(options: list[str], messa
         ["--backend", "tensorrt", "--gpus", "0,0"],
         ["--backend", "tensorrt", "--gpus", "first"],
         ["--backend", "tensorrt", "--workspace", "much"],
+        ["--backend", "tensorrt", "--tolerance", "little"],
     ],
 )
 def test_what_is_no_option_ends_the_command(

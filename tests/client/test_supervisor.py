@@ -6,7 +6,7 @@ import pytest
 from fake_server import FakeServer
 
 from darkroom.exceptions import QueueFull, RequestTimeout, ServerError
-from darkroom.server import START_TIMEOUT_S, ServeError, ServeInterrupted
+from darkroom.server import ServeError, ServeInterrupted
 from darkroom.supervisor import Patience, Supervisor
 
 HASTY = {"poll_s": 0.001, "probe_interval_s": 0.001, "retry_s": 0.001}
@@ -43,7 +43,7 @@ def test_what_no_client_waits_for_is_reloaded_once(model: str) -> None:
     assert server.calls == [f"reload {model}"]
     assert server.told[0] == f"{model} died; reloading it"
     assert server.told[1].startswith("healed in ")
-    assert server.probe_timeouts == [START_TIMEOUT_S]
+    assert server.probe_timeouts == [server.start_timeout_s]
 
 
 def test_networks_that_die_together_are_reloaded_together() -> None:

@@ -213,6 +213,15 @@ def test_an_engine_that_differs_leaves_the_repository_as_it_was(
     assert [path.name for path in repository.parent.iterdir()] == ["repository"]
 
 
+def test_an_engine_that_differs_by_no_more_than_somebody_allows_is_taken(repository: Path) -> None:
+    engines = GraphsAsEngines("unet", 1.2)
+
+    build(repository, engine=EngineOptions(tolerance=0.3), tensorrt=engines)
+
+    verification = manifest_of(repository)["networks"]["unet"]["tensorrt"]["verification"]
+    assert 0.1 < verification["error"] <= verification["tolerance"] == 0.3
+
+
 def test_large_files_are_not_copied(repository: Path) -> None:
     graph = repository / "unet" / "1" / "model.onnx"
     assert graph.stat().st_size >= 1 << 20

@@ -126,6 +126,12 @@ def test_an_engine_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         TENSORRT.runners(plan)
 
 
+@pytest.mark.parametrize("tolerance", [-0.1, 0.0, 1.0, float("nan")])
+def test_a_tolerance_that_is_none_is_refused(tolerance: float) -> None:
+    with pytest.raises(ExportError, match=f"tolerance: {tolerance:g} is not between 0 and 1"):
+        EngineOptions(tolerance=tolerance)
+
+
 @pytest.mark.parametrize("level", [-1, 6])
 def test_an_optimization_level_that_is_none_is_refused(level: int) -> None:
     with pytest.raises(ExportError, match=f"optimization-level: {level} is not between 0 and 5"):

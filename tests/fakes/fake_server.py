@@ -15,6 +15,7 @@ class FakeServer:
     and when it returns, the server is told to stop.
     """
 
+    start_timeout_s = 600.0
     reloadable = ("darkroom", "text_encoder", "unet", "vae_decoder")
 
     def __init__(self, script: Callable[["FakeServer"], Iterator[None]]) -> None:

@@ -17,6 +17,7 @@ _ENGINES = (
     "weight_streaming",
     "optimization_level",
     "workspace",
+    "tolerance",
     "timing_cache",
     "no_cuda_graphs",
 )
@@ -94,6 +95,12 @@ def _add_engines(parser: argparse.ArgumentParser) -> None:
         "--workspace", type=size_in_bytes, metavar="SIZE", help="memory of a kernel: 4GB, say"
     )
     group.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="how far they may be from their graphs, of an output's range; default: the export's",
+    )
+    group.add_argument(
         "--timing-cache",
         type=Path,
         metavar="FILE",
@@ -138,6 +145,7 @@ def _run(options: argparse.Namespace) -> int:
                     optimization_level=options.optimization_level,
                     workspace_bytes=options.workspace,
                     timing_cache=options.timing_cache,
+                    tolerance=options.tolerance,
                 ),
                 with_cuda_graphs=not options.no_cuda_graphs,
                 gpus=options.gpus or (),

@@ -105,6 +105,13 @@ def add_parser(commands: Any) -> None:
         "a setting of Triton's tracing, such as mode=opentelemetry",
     )
     parser.add_argument(
+        "--start-timeout",
+        type=seconds,
+        default=600.0,
+        metavar="SECONDS",
+        help="give up on a start that takes longer; default: %(default)g",
+    )
+    parser.add_argument(
         "--probe-timeout",
         type=seconds,
         default=120.0,
@@ -127,6 +134,7 @@ def _run(options: argparse.Namespace) -> int:
         log_file=options.log_file,
         trace_config=options.trace_config,
         engine_parameters=engine_parameters(options),
+        start_timeout_s=options.start_timeout,
     )
 
     def interrupt(*_: object) -> None:
