@@ -50,8 +50,16 @@ class Pipeline:
         torch.compiler.reset()
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
+        # A compiler would make one program of all slices, which takes as many times as long.
+        if not hasattr(pipeline, "upcast_vae"):
+            pipeline.vae.disable_slicing()
         pipeline.unet = torch.compile(pipeline.unet, mode=mode, fullgraph=True)
         pipeline.vae.decode = torch.compile(pipeline.vae.decode, mode=mode, fullgraph=True)
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether pictures of a batch are decoded one by one."""
+        return bool(self._pipeline.vae.use_slicing)
 
     def latents(self, request: Request) -> NDArray[np.float32]:
         """(C, h, w), and nothing decoded."""

@@ -144,7 +144,9 @@ def compiled(bench: Bench) -> dict[str, Any]:
             result |= {"mode": mode, "first_runs_s": [round(s, 1) for s in warm_s]}
             result |= _against(bench, pipeline, request, "diffusers compiled")
             # Another size of batch is compiled anew, which takes as long.
-            if bench.session.left_s > 2 * warm_s[0]:
+            if pipeline.is_sliced:
+                bench.session.note("compiled: no batch, whose slices take too long to compile")
+            elif bench.session.left_s > 2 * warm_s[0]:
                 result["batch"] = _batch_of(bench, pipeline, [request, *others])
             else:
                 bench.session.note("compiled: no batch, for want of time")

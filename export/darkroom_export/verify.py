@@ -70,7 +70,6 @@ def verify_network(
         ExportError: an output has another shape, is not finite, or is off by more than allowed.
     """
     run = open_network(path, device)
-    precision = spec.precision(precision)
     errors = dict.fromkeys((tensor.name for tensor in spec.outputs), 0.0)
     shapes = []
     for inputs, expected in reference.cases:
@@ -83,12 +82,12 @@ def verify_network(
             if ours.shape != theirs.shape:
                 raise ExportError(f"{name} is {ours.shape}, PyTorch's is {theirs.shape}")
             errors[output] = max(errors[output], relative_error(name, ours, theirs))
-    tolerance = spec.tolerance[precision]
+    tolerance = allowed_error(spec, precision, path, device)
     for output, error in errors.items():
         if error > tolerance:
             raise ExportError(
-                f"{spec.name}: {output} of {path.name} in {precision} differs from PyTorch's by "
-                f"{error:.2e} of its range, allowed is {tolerance:.0e}"
+                f"{spec.name}: {output} of {path.name} in {spec.precision(precision)} differs from "
+                f"PyTorch's by {error:.2e} of its range, allowed is {tolerance:.0e}"
             )
     return {
         "error": max(errors.values()),
@@ -96,6 +95,20 @@ def verify_network(
         "tolerance": tolerance,
         "input_shapes": shapes,
     }
+
+
+def allowed_error(
+    spec: NetworkSpec, precision: Precision, path: Path, device: torch.device
+) -> float:
+    """How far a network's outputs may be off, as a fraction of their range, where it is run."""
+    own = spec.precision(precision)
+    # What a GPU runs is a program, in which others than fp32 exports let it cut the numbers of
+    # convolutions to TF32, also where the network itself is kept in float32, as SDXL's VAE.
+    is_cut = device.type != "cpu" and path.suffix == ".pt2" and precision is not Precision.FP32
+    if is_cut and own is Precision.FP32:
+        # As many bits are behind the point.
+        own = Precision.FP16
+    return spec.tolerance[own]
 
 
 def relative_error(name: str, actual: Array, expected: Array) -> float:

@@ -89,11 +89,10 @@ class CudaGraphs:
 
     def __call__(self, function: Function) -> Recording:
         with self._is_free, torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                for _ in range(NUM_WARMUP_CALLS):
-                    function()
-            torch.cuda.current_stream().wait_stream(self._stream)
+            # Not on the stream of the recordings: a workspace that it had before is outside of the
+            # pool, and may be given back while graphs still write to it, as when one of them goes.
+            for _ in range(NUM_WARMUP_CALLS):
+                function()
             graph = torch.cuda.CUDAGraph()
             # What other threads do meanwhile, as decoding, must not make this fail.
             with torch.cuda.graph(

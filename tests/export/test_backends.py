@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,12 @@ from darkroom_export.networks import TOLERANCE, InputShape, NetworkSpec, TensorS
 from darkroom_export.repository import templates
 from darkroom_export.runner import open_network
 from darkroom_export.to_program import export_program, read_tensors
-from darkroom_export.verify import input_shapes, network_reference, verify_network
+from darkroom_export.verify import (
+    allowed_error,
+    input_shapes,
+    network_reference,
+    verify_network,
+)
 from darkroom_settings import TorchSettings
 
 RANK = 4
@@ -302,6 +308,25 @@ def test_a_program_that_computes_something_else_is_found(
 
     with pytest.raises(ExportError, match=message):
         verify_network(spec, reference, path, precision)
+
+
+@pytest.mark.parametrize(
+    ("device", "name", "precision", "as_of"),
+    [
+        ("cuda", "model.pt2", Precision.FP16, Precision.FP16),
+        ("cuda", "model.pt2", Precision.BF16, Precision.FP16),
+        ("cuda", "model.pt2", Precision.FP32, Precision.FP32),
+        # ONNX Runtime runs on the CPU in any case.
+        ("cuda", "model.onnx", Precision.FP16, Precision.FP32),
+        ("cpu", "model.pt2", Precision.FP16, Precision.FP32),
+    ],
+)
+def test_a_network_kept_in_float32_may_be_off_by_what_tf32_cuts_off(
+    device: str, name: str, precision: Precision, as_of: Precision
+) -> None:
+    kept = replace(spec_of(_Scaled(2.0)), float32_parts=("",))
+
+    assert allowed_error(kept, precision, Path(name), torch.device(device)) == TOLERANCE[as_of]
 
 
 def test_a_network_that_cannot_be_a_program_is_named(tmp_path: Path) -> None:

@@ -426,7 +426,8 @@ class Engine(Intake):
             )
         self._record(metrics.MAX_ROWS, self._num_rows_at_default_size)
         prepared = {min(n, self._num_rows_at_default_size) for n in self._networks.prepared_rows}
-        for num_rows in sorted(prepared):
+        # The largest first: what a device keeps for it then serves the smaller ones too.
+        for num_rows in sorted(prepared, reverse=True):
             self._warm_up_step(num_rows, self._default_shape)
         if prepared:
             self._vae.decode(np.zeros((1, *self._default_shape), np.float32))
