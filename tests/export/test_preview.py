@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from darkroom_export import ExportError
 from darkroom_export.checkpoint import find_checkpoint, load_checkpoint
@@ -83,14 +84,16 @@ def test_synthetic_pictures_are_pictures(index: int) -> None:
     assert picture.std() > 0.1
 
 
-class ConstantVae:
+class ConstantVae(nn.Module):
     """A VAE that encodes and decodes everything to the same."""
 
     class config:  # noqa: N801  as diffusers names it
         scaling_factor = 0.5
 
     def __init__(self, latent: float, pixel: float) -> None:
+        super().__init__()
         self.latent, self.pixel = latent, pixel
+        self.weight = nn.Parameter(torch.zeros(1))
 
     def encode(self, picture: torch.Tensor) -> Any:
         self.latents = torch.full((1, 4, picture.shape[2] // 8, picture.shape[3] // 8), self.latent)

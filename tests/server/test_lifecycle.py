@@ -233,15 +233,15 @@ def test_a_bad_engine_setting_is_refused_by_name(repository: Path, tmp_path: Pat
         Server(copy, free_ports()).start()
 
 
-def test_a_client_timeout_is_an_error_and_the_next_request_is_served(client: Client) -> None:
-    with pytest.raises(RequestTimeout):
-        client.generate("a red circle", num_inference_steps=150, width=256, height=256, timeout=0.2)
-
-    assert client.generate("a red circle", num_inference_steps=2).size
-
-
 def test_a_request_past_its_deadline_is_answered(client: Client) -> None:
     with pytest.raises(RequestTimeout, match="timeout_ms: 30 ran out"):
         client.generate(
             "a red circle", num_inference_steps=150, width=256, height=256, timeout_ms=30
         )
+
+
+def test_a_client_timeout_is_an_error_and_the_next_request_is_served(client: Client) -> None:
+    with pytest.raises(RequestTimeout):
+        client.generate("a red circle", num_inference_steps=150, width=256, height=256, timeout=0.2)
+
+    assert client.generate("a red circle", num_inference_steps=2).size
