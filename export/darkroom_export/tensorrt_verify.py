@@ -21,7 +21,7 @@ from darkroom_export.tensorrt_inputs import Inputs
 
 Array = NDArray[Any]
 ROWS_AT_ONCE = 1
-"""Of the graph: attention that is not fused, over a large batch, takes more memory than hosts have."""
+"""Of the graph: over a large batch, attention that is not fused takes more memory than hosts have."""
 _SEED = 30
 
 
