@@ -21,7 +21,7 @@ from darkroom_export.tensorrt_inputs import Inputs
 
 Array = NDArray[Any]
 ROWS_AT_ONCE = 1
-"""Of the graph: over a large batch, attention that is not fused takes more memory than hosts have."""
+"""Of the graph: attention over a large batch, if not fused, takes more memory than hosts have."""
 _SEED = 30
 
 
