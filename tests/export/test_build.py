@@ -216,10 +216,12 @@ def test_an_engine_that_differs_leaves_the_repository_as_it_was(
 def test_an_engine_that_differs_by_no_more_than_somebody_allows_is_taken(repository: Path) -> None:
     engines = GraphsAsEngines("unet", 1.2)
 
-    build(repository, engine=EngineOptions(tolerance=0.3), tensorrt=engines)
+    build(repository, engine=EngineOptions(tolerance=0.9), tensorrt=engines)
 
-    verification = manifest_of(repository)["networks"]["unet"]["tensorrt"]["verification"]
-    assert 0.1 < verification["error"] <= verification["tolerance"] == 0.3
+    record = manifest_of(repository)["networks"]["unet"]
+    verification = record["tensorrt"]["verification"]
+    assert record["verification"]["tolerance"] < verification["error"] <= 0.9
+    assert verification["tolerance"] == 0.9
 
 
 def test_large_files_are_not_copied(repository: Path) -> None:

@@ -13,7 +13,6 @@ from darkroom_export import ExportError
 from darkroom_export.profiles import Dimension, NetworkProfile, Span
 from darkroom_export.tensorrt_inputs import Inputs
 from darkroom_export.tensorrt_verify import (
-    ROWS_AT_ONCE,
     Difference,
     FewRows,
     compare_profiles,
@@ -143,7 +142,9 @@ def test_a_graph_that_is_not_finite_is_told_from_an_engine(tmp_path: Path, input
 def test_another_shape_is_found(tmp_path: Path, inputs: Inputs) -> None:
     engine = graph(tmp_path / "engine.onnx", "Transpose")
 
-    with pytest.raises(ExportError, match=r"y at x .*: the engine gives \(4, .*, the graph \(2, 4"):
+    with pytest.raises(
+        ExportError, match=r"y at x .*: the engine gives \(\d, .*, the graph \(2, 4"
+    ):
         compare(tmp_path, inputs, engine)
 
 
@@ -191,6 +192,6 @@ def test_graphs_run_in_few_rows() -> None:
 
     first, second = FewRows(session).run(None, {"x": x, "t": t})
 
-    assert session.num_rows == [ROWS_AT_ONCE, ROWS_AT_ONCE, 1]
+    assert session.num_rows == [1] * 5
     np.testing.assert_array_equal(first, x + 1)
     np.testing.assert_array_equal(second, t)
