@@ -55,3 +55,23 @@ def as_triton_tells_it() -> Callable[[Any], str]:
         return json.dumps(json_format.MessageToDict(config, preserving_proto_field_name=True))
 
     return convert
+
+
+@pytest.fixture
+def load_network(
+    load_model: Callable[[str], ModuleType], as_triton_tells_it: Callable[[Any], str]
+) -> Callable[[str], Callable[..., Any]]:
+    """What initializes the runner of that name over a network's folder."""
+
+    def load_network(name: str) -> Callable[..., Any]:
+        def load(folder: Path, made: Any, **parameters: str) -> Any:
+            for key, value in parameters.items():
+                made.parameters[key].string_value = value
+            model = load_model(name).TritonPythonModel()
+            arguments = {"model_config": as_triton_tells_it(made), "model_version": "1"}
+            model.initialize(arguments | {"model_repository": str(folder)})
+            return model
+
+        return load
+
+    return load_network

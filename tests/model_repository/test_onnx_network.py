@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import triton_python_backend_utils as pb_utils
+from network_calls import SAMPLE, TIMESTEP, config, request
 from tritonclient.grpc import model_config_pb2
 
 onnx = pytest.importorskip("onnx")
@@ -43,45 +43,19 @@ def graph(tmp_path: Path) -> Path:
     return tmp_path / "unet"
 
 
-def config(**inputs: list[int]) -> Any:
-    made = model_config_pb2.ModelConfig(name="unet", backend="python", max_batch_size=63)
-    for name, dims in inputs.items():
-        entry = made.input.add(name=name, data_type=model_config_pb2.TYPE_FP32, dims=dims)
-        if name == "timestep":
-            entry.reshape.SetInParent()
-    for name in ("out_sample", "noise"):
-        made.output.add(name=name, data_type=model_config_pb2.TYPE_FP32, dims=[3])
-    made.parameters["intra_op_thread_count"].string_value = "1"
-    return made
+Load = Callable[..., Any]
 
 
 @pytest.fixture
-def model(
-    graph: Path, load_model: Callable[[str], ModuleType], as_triton_tells_it: Callable[[Any], str]
-) -> Any:
+def load(load_network: Callable[[str], Load]) -> Load:
+    """Initializes the model over a folder."""
+    return load_network("onnx_network")
+
+
+@pytest.fixture
+def model(graph: Path, load: Load) -> Any:
     """The initialized model."""
-    model = load_model("onnx_network").TritonPythonModel()
-    model.initialize(
-        {
-            "model_config": as_triton_tells_it(config(sample=[3], timestep=[1])),
-            "model_repository": str(graph),
-            "model_version": "1",
-            "model_name": "unet",
-        }
-    )
-    return model
-
-
-def request(*wanted: str, **arrays: np.ndarray) -> pb_utils.InferenceRequest:
-    return pb_utils.InferenceRequest(
-        requested_output_names=wanted,
-        inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()],
-    )
-
-
-SAMPLE = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
-TIMESTEP = np.array([[10], [100]], np.float32)
-"""As Triton sends it: with a dimension beside the batch, of which the graph knows nothing."""
+    return load(graph, config(sample=[3], timestep=[1]))
 
 
 def test_it_answers_the_outputs_of_its_config_and_no_others(model: Any) -> None:
@@ -139,36 +113,11 @@ def test_a_failure_is_an_error_of_its_request_alone(
     assert not after.has_error()
 
 
-def test_a_missing_graph_stops_the_start(
-    graph: Path, load_model: Callable[[str], ModuleType], as_triton_tells_it: Callable[[Any], str]
-) -> None:
+def test_a_missing_graph_stops_the_start(graph: Path, load: Load) -> None:
     (graph / "1" / "model.onnx").unlink()
-    arguments = {
-        "model_config": as_triton_tells_it(config(sample=[3], timestep=[1])),
-        "model_repository": str(graph),
-        "model_version": "1",
-    }
 
     with pytest.raises(Exception, match=r"model\.onnx"):
-        load_model("onnx_network").TritonPythonModel().initialize(arguments)
-
-
-Load = Callable[..., Any]
-
-
-@pytest.fixture
-def load(load_model: Callable[[str], ModuleType], as_triton_tells_it: Callable[[Any], str]) -> Load:
-    """Initializes the model over a folder."""
-
-    def initialized(folder: Path, made: Any, **parameters: str) -> Any:
-        for name, value in parameters.items():
-            made.parameters[name].string_value = value
-        model = load_model("onnx_network").TritonPythonModel()
-        arguments = {"model_config": as_triton_tells_it(made), "model_version": "1"}
-        model.initialize(arguments | {"model_repository": str(folder)})
-        return model
-
-    return initialized
+        load(graph, config(sample=[3], timestep=[1]))
 
 
 def write_graph(folder: Path, nodes: list[Any], inputs: list[Any], outputs: list[Any]) -> Path:

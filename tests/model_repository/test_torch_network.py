@@ -6,12 +6,11 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-import triton_python_backend_utils as pb_utils
+from network_calls import SAMPLE, TIMESTEP, config, request
 from tritonclient.grpc import model_config_pb2
 
 from darkroom_settings import TorchSettings
@@ -51,52 +50,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "unet"
 
 
-def config(**inputs: list[int]) -> Any:
-    made = model_config_pb2.ModelConfig(name="unet", backend="python", max_batch_size=63)
-    for name, dims in inputs.items():
-        entry = made.input.add(name=name, data_type=model_config_pb2.TYPE_FP32, dims=dims)
-        if name == "timestep":
-            entry.reshape.SetInParent()
-    for name in ("out_sample", "noise"):
-        made.output.add(name=name, data_type=model_config_pb2.TYPE_FP32, dims=[3])
-    made.parameters["device"].string_value = "cpu"
-    return made
-
-
 Load = Callable[..., Any]
 
 
 @pytest.fixture
-def load(load_model: Callable[[str], ModuleType], as_triton_tells_it: Callable[[Any], str]) -> Load:
+def load(load_network: Callable[[str], Load]) -> Load:
     """Initializes the model over a folder."""
-
-    def initialized(folder: Path, made: Any, **parameters: str) -> Any:
-        for name, value in parameters.items():
-            made.parameters[name].string_value = value
-        model = load_model("torch_network").TritonPythonModel()
-        arguments = {"model_config": as_triton_tells_it(made), "model_version": "1"}
-        model.initialize(arguments | {"model_repository": str(folder)})
-        return model
-
-    return initialized
+    return load_network("torch_network")
 
 
 @pytest.fixture
 def model(folder: Path, load: Load) -> Any:
     """The initialized model."""
     return load(folder, config(sample=[3], timestep=[1]))
-
-
-def request(*wanted: str, **arrays: np.ndarray) -> pb_utils.InferenceRequest:
-    return pb_utils.InferenceRequest(
-        requested_output_names=wanted,
-        inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()],
-    )
-
-
-SAMPLE = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
-TIMESTEP = np.array([[10], [100]], np.float32)
-"""As Triton sends it: with a dimension beside the batch, of which the program knows nothing."""
 
 
 # As a Triton model.
